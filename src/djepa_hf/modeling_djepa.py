@@ -1,0 +1,717 @@
+# Copyright 2026 The djepa_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The D-JEPA networks: context encoder, feature predictor, denoising MLP, and the two models built from them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_djepa import DJEPAConfig
+from .masking import draw_num_masked, gather_tokens, random_token_order, scatter_tokens, visible_places
+from .schedulers import token_scheduler_for
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DJEPAModelOutput(ModelOutput):
+    """
+    Output of [`DJEPAModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, N, predictor_hidden_size)`):
+            Predicted feature of every token (z), the condition of the denoising MLP.
+        context_features (`torch.FloatTensor` of shape `(B, num_buffer_tokens + visible, hidden_size)`):
+            Output of the context encoder, buffer tokens first.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_hidden_states=True`):
+            Input of the context encoder's first block and output of each block.
+        attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_attentions=True` and eager attention):
+            Attention weights of the context encoder's blocks, `(B, heads, length, length)`.
+        predictor_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_predictor_hidden_states=True`):
+            Output of each of the feature predictor's blocks.
+        predictor_attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_predictor_attentions=True`):
+            Attention weights of the feature predictor's blocks.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    context_features: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    predictor_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    predictor_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class DJEPAForPreTrainingOutput(ModelOutput):
+    """
+    Output of [`DJEPAForPreTraining`].
+
+    Args:
+        loss (`torch.FloatTensor`, scalar):
+            `diffusion_loss + prediction_loss_weight * prediction_loss`.
+        diffusion_loss (`torch.FloatTensor`, scalar):
+            Denoising loss L_d, mean over hidden tokens and draws.
+        prediction_loss (`torch.FloatTensor`, scalar):
+            Feature prediction loss L_p, mean over hidden tokens; 0 where its weight is 0.
+        hidden_states, attentions: as in [`DJEPAModelOutput`], of the online context encoder.
+    """
+
+    loss: torch.FloatTensor | None = None
+    diffusion_loss: torch.FloatTensor | None = None
+    prediction_loss: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class ZeroInitLinear(nn.Linear):
+    """A linear layer that starts at zero, so that the block around it starts as the identity."""
+
+
+class TimeEmbeddingLinear(nn.Linear):
+    """A linear layer of the time embedding, which starts at N(0, 0.02)."""
+
+
+def eager_attention_forward(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+    """Attention written out, for whoever wants to see its weights: `(B, heads, L, d)` to `(B, L, heads, d)`."""
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class DJEPAAttention(nn.Module):
+    """Multi-head self-attention over all tokens given, with optional RMSNorm on queries and keys."""
+
+    def __init__(self, config: DJEPAConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, length, _ = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            self.q_norm(query),
+            self.k_norm(key),
+            value,
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        return self.proj(output.reshape(batch_size, length, -1)), weights
+
+
+class DJEPALayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block: `x + attn(LN(x))`, `x + mlp(LN(x))`."""
+
+    def __init__(self, config: DJEPAConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.attention = DJEPAAttention(config, hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * config.mlp_ratio))
+        self.fc2 = nn.Linear(int(hidden_size * config.mlp_ratio), hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attention_output, _ = self.attention(self.norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attention_output)
+        mlp_output = self.fc2(self.dropout(F.gelu(self.fc1(self.norm2(hidden_states)))))
+        return hidden_states + self.dropout(mlp_output)
+
+
+class ContextEncoder(nn.Module):
+    """φ: features of the visible tokens, behind buffer tokens that carry the class."""
+
+    def __init__(self, config: DJEPAConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.input_projection = nn.Linear(config.token_size, width)
+        self.class_embeddings = nn.Embedding(config.num_labels + 1, width)  # the last row is the null class
+        self.buffer_tokens = nn.Parameter(torch.zeros(1, config.num_buffer_tokens, width))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_tokens, width))
+        self.input_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            DJEPALayer(config, width, config.num_attention_heads) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        class_labels: torch.LongTensor,
+        visible: torch.LongTensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        batch_size = tokens.shape[0]
+        positions = self.position_embeddings.expand(batch_size, -1, -1)
+        if visible is not None:  # hidden tokens are dropped: nothing of them can reach the features
+            tokens, positions = gather_tokens(tokens, visible), gather_tokens(positions, visible)
+        embeddings = self.input_projection(tokens) + positions  # (B, visible, D)
+        buffer = self.buffer_tokens + self.class_embeddings(class_labels).unsqueeze(1)  # (B, R, D)
+        hidden_states = self.input_norm(torch.cat([buffer, embeddings], dim=1))  # (B, R + visible, D)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return self.norm(hidden_states)
+
+
+class FeaturePredictor(nn.Module):
+    """γ: a feature for every token, from the context features and a mask token in every hidden place."""
+
+    def __init__(self, config: DJEPAConfig):
+        super().__init__()
+        width = config.predictor_hidden_size
+        self.num_buffer_tokens = config.num_buffer_tokens
+        self.input_projection = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_tokens, width))
+        self.layers = nn.ModuleList(
+            DJEPALayer(config, width, config.predictor_num_attention_heads)
+            for _ in range(config.predictor_num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        context_features: torch.Tensor,
+        visible: torch.LongTensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        features = self.input_projection(context_features)
+        buffer, tokens = features.tensor_split([self.num_buffer_tokens], dim=1)
+        if visible is not None:
+            num_tokens = self.position_embeddings.shape[1]
+            hidden = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], num_tokens, -1)
+            tokens = scatter_tokens(hidden, visible, tokens)  # (B, N, P)
+        # the buffer gets no position
+        hidden_states = torch.cat([buffer, tokens + self.position_embeddings], dim=1)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return self.norm(hidden_states[:, self.num_buffer_tokens :])
+
+
+class TimeEmbedding(nn.Module):
+    """A timestep's sinusoids (256 wide, cosines first, longest period 10000) through a small MLP."""
+
+    num_frequencies = 128
+    max_period = 10000.0
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.fc1 = TimeEmbeddingLinear(2 * self.num_frequencies, hidden_size)
+        self.fc2 = TimeEmbeddingLinear(hidden_size, hidden_size)
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        # float32 whatever the weights: bfloat16 cannot tell timestep 997 from 1000
+        steps = torch.arange(self.num_frequencies, dtype=torch.float32, device=timesteps.device)
+        frequencies = torch.exp(steps * (-math.log(self.max_period) / self.num_frequencies))
+        angles = timesteps.to(torch.float32).unsqueeze(-1) * frequencies
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.fc2(F.silu(self.fc1(sinusoids.to(self.fc1.weight.dtype))))
+
+
+class DenoiserLayer(nn.Module):
+    """Residual MLP block under adaptive layer norm (adaLN)."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.fc1 = nn.Linear(hidden_size, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+        self.modulation = ZeroInitLinear(hidden_size, 3 * hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shift, scale, gate = self.modulation(F.silu(condition)).chunk(3, dim=-1)
+        modulated = self.norm(hidden_states) * (1 + scale) + shift
+        return hidden_states + gate * self.fc2(F.silu(self.fc1(modulated)))
+
+
+class DenoisingMLP(nn.Module):
+    """ε_θ: denoises each token by itself, given its noise level and its predicted feature."""
+
+    def __init__(self, config: DJEPAConfig):
+        super().__init__()
+        width = config.denoiser_hidden_size
+        output_size = config.token_size * (2 if config.objective == "diffusion" else 1)
+        self.time_embedding = TimeEmbedding(width)
+        self.condition_projection = nn.Linear(config.predictor_hidden_size, width)
+        self.input_projection = nn.Linear(config.token_size, width)
+        self.layers = nn.ModuleList(
+            DenoiserLayer(width, config.layer_norm_eps) for _ in range(config.denoiser_num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.modulation = ZeroInitLinear(width, 2 * width)
+        self.output_projection = ZeroInitLinear(width, output_size)
+
+    def forward(self, noisy_tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            noisy_tokens (`torch.Tensor` of shape `(M, C)`): flat tokens.
+            condition (`torch.Tensor` of shape `(M, denoiser_hidden_size)`): `time_embedding(timesteps) +
+                condition_projection(conditioning)`. Samplers add up the two themselves, because the first is the same
+                for all tokens and the second for all timesteps.
+        """
+        hidden_states = self.input_projection(noisy_tokens)  # (M, W)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, condition)
+        shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
+        return self.output_projection(self.norm(hidden_states) * (1 + scale) + shift)
+
+
+class PredictionHead(nn.Module):
+    """u_θ: from predicted features to the target encoder's."""
+
+    def __init__(self, config: DJEPAConfig):
+        super().__init__()
+        width = 4 * config.predictor_hidden_size
+        self.fc1 = nn.Linear(config.predictor_hidden_size, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.fc2 = nn.Linear(width, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.norm(F.gelu(self.fc1(hidden_states))))
+
+
+class DJEPAPreTrainedModel(PreTrainedModel):
+    """What both models share: initialization, and what the transformers library may do with them."""
+
+    config_class = DJEPAConfig
+    config: DJEPAConfig
+    base_model_prefix = "djepa"
+    main_input_name = "sample"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DJEPALayer", "DenoiserLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)  # ones and zeros for norms; the rest is the paper's
+        if isinstance(module, ZeroInitLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and not isinstance(module, TimeEmbeddingLinear):
+            init.xavier_uniform_(module.weight)
+        elif isinstance(module, nn.Embedding | TimeEmbeddingLinear):
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(module, ContextEncoder):
+            init.zeros_(module.buffer_tokens)
+            init.normal_(module.position_embeddings, std=0.02)
+        elif isinstance(module, FeaturePredictor):
+            init.normal_(module.mask_token, std=0.02)
+            init.normal_(module.position_embeddings, std=0.02)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The class table; its last row is the null class."""
+        return self.base_model.encoder.class_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.base_model.encoder.class_embeddings = value
+
+
+class DJEPAModel(DJEPAPreTrainedModel):
+    """
+    Context encoder, feature predictor and denoising MLP (paper, sections 3.1 to 3.3): all that sampling needs, and
+    what is published.
+
+    Args:
+        config ([`DJEPAConfig`]): sizes and objective.
+    """
+
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(DJEPALayer, index=0, layer_name="encoder"),
+        "attentions": OutputRecorder(DJEPAAttention, index=1, layer_name="encoder"),
+        "predictor_hidden_states": OutputRecorder(DJEPALayer, index=0, layer_name="predictor"),
+        "predictor_attentions": OutputRecorder(DJEPAAttention, index=1, layer_name="predictor"),
+    }
+
+    def __init__(self, config: DJEPAConfig):
+        super().__init__(config)
+        self.encoder = ContextEncoder(config)
+        self.predictor = FeaturePredictor(config)
+        self.denoiser = DenoisingMLP(config)
+        self.post_init()
+
+    def patchify(self, sample: torch.Tensor) -> torch.Tensor:
+        """
+        Cuts samples into tokens, row-major over the grid; inside a token the order is (channel, row, column).
+
+        Args:
+            sample (`torch.Tensor` of shape `(B, num_channels, *sample_size)`).
+
+        Returns:
+            `torch.Tensor` of shape `(B, N, C)`.
+
+        Raises:
+            ValueError: if the sample has another shape than the configuration's.
+        """
+        shape = (self.config.num_channels, *self.config.sample_shape)
+        if tuple(sample.shape[1:]) != shape:
+            raise ValueError(
+                f"`sample` must have shape (batch, {', '.join(map(str, shape))}), got {tuple(sample.shape)}."
+            )
+        rank = len(self.config.grid_size)
+        split = [n for pair in zip(self.config.grid_size, self.config.patch_shape, strict=True) for n in pair]
+        sample = sample.reshape(sample.shape[0], self.config.num_channels, *split)
+        grid_axes, patch_axes = range(2, 2 + 2 * rank, 2), range(3, 3 + 2 * rank, 2)
+        return sample.permute(0, *grid_axes, 1, *patch_axes).reshape(sample.shape[0], self.config.num_tokens, -1)
+
+    def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
+        """
+        The inverse of [`~DJEPAModel.patchify`].
+
+        Args:
+            tokens (`torch.Tensor` of shape `(B, N, C)`).
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_channels, *sample_size)`.
+        """
+        rank = len(self.config.grid_size)
+        self._check_tokens(tokens)
+        tokens = tokens.reshape(
+            tokens.shape[0], *self.config.grid_size, self.config.num_channels, *self.config.patch_shape
+        )
+        axes = [axis for i in range(rank) for axis in (1 + i, 2 + rank + i)]
+        return tokens.permute(0, 1 + rank, *axes).reshape(
+            tokens.shape[0], self.config.num_channels, *self.config.sample_shape
+        )
+
+    @apply_forward_hook
+    def encode(
+        self,
+        tokens: torch.Tensor,
+        class_labels: torch.LongTensor,
+        mask: torch.BoolTensor | None = None,
+        visible: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Context features φ of the visible tokens.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(B, N, C)`): all tokens; what hidden places hold does not matter.
+            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; `num_labels` is the null class.
+            mask (`torch.BoolTensor` of shape `(B, N)`, *optional*): True where a token is hidden, equally many per
+                row. Without it and without `visible` all tokens are visible.
+            visible (`torch.LongTensor` of shape `(B, visible)`, *optional*): instead of `mask`, the places of the
+                visible tokens in any order. Spares reading the mask back from an accelerator.
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_buffer_tokens + visible, hidden_size)`, buffer first, then the visible
+            tokens in the order of their places in the mask or in `visible`.
+
+        Raises:
+            ValueError: if a shape does not fit or the rows of `mask` hide different numbers of tokens.
+        """
+        self._check_tokens(tokens)
+        visible = self._visible_places(mask, visible, tokens.shape[0])
+        tokens = tokens.to(self.encoder.input_projection.weight.dtype)
+        return self.encoder(tokens, class_labels, visible, **kwargs)
+
+    @apply_forward_hook
+    def predict(
+        self,
+        context_features: torch.Tensor,
+        mask: torch.BoolTensor | None = None,
+        visible: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Predicted features z = γ(φ) of all tokens.
+
+        Args:
+            context_features (`torch.Tensor` of shape `(B, num_buffer_tokens + visible, hidden_size)`):
+                what [`~DJEPAModel.encode`] returned for the same `mask` or `visible`.
+            mask, visible: as in [`~DJEPAModel.encode`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, N, predictor_hidden_size)`.
+
+        Raises:
+            ValueError: if the mask and the features do not fit.
+        """
+        visible = self._visible_places(mask, visible, context_features.shape[0])
+        num_visible = self.config.num_tokens if visible is None else visible.shape[1]
+        if context_features.shape[1] != self.config.num_buffer_tokens + num_visible:
+            raise ValueError(
+                f"`context_features` must hold {self.config.num_buffer_tokens} buffer and {num_visible} visible tokens, "
+                f"got {context_features.shape[1]} in all."
+            )
+        return self.predictor(context_features, visible, **kwargs)
+
+    @apply_forward_hook
+    def denoise(self, noisy_tokens: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """
+        What the denoising MLP ε_θ makes of noisy tokens, each by itself.
+
+        Args:
+            noisy_tokens (`torch.Tensor` of shape `(M, C)`): flat tokens.
+            timesteps (`torch.Tensor` of shape `(M,)`): 0..999 for the diffusion objective (0 is nearly clean), [0, 1]
+                for flow matching (0 is noise).
+            conditioning (`torch.Tensor` of shape `(M, predictor_hidden_size)`): their features from
+                [`~DJEPAModel.predict`].
+
+        Returns:
+            `torch.Tensor`: noise and raw variance `(M, 2C)` for the diffusion objective, velocity `(M, C)` for flow
+            matching.
+        """
+        dtype = self.denoiser.input_projection.weight.dtype
+        condition = self.denoiser.time_embedding(timesteps) + self.denoiser.condition_projection(conditioning.to(dtype))
+        return self.denoiser(noisy_tokens.to(dtype), condition)
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        sample: torch.Tensor,
+        class_labels: torch.LongTensor,
+        mask: torch.BoolTensor | None = None,
+        visible: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DJEPAModelOutput:
+        """
+        Encodes the visible tokens of samples and predicts the features of all.
+
+        Args:
+            sample (`torch.Tensor` of shape `(B, num_channels, *sample_size)`): latents, or images in [-1, 1].
+            class_labels, mask, visible: as in [`~DJEPAModel.encode`].
+        """
+        tokens = self.patchify(sample)
+        context_features = self.encode(tokens, class_labels, mask, visible, **kwargs)
+        features = self.predict(context_features, mask, visible, **kwargs)
+        return DJEPAModelOutput(last_hidden_state=features, context_features=context_features)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`]. A checkpoint of [`DJEPAForPreTraining`] holds two copies of
+        this model; the EMA copy, which is the one to sample from, is taken, and the log says so.
+        """
+        model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model_only, info = model if isinstance(model, tuple) else (model, None)
+        if "DJEPAForPreTraining" not in (model_only.config.architectures or []):
+            return model
+        logger.warning(
+            f"{pretrained_model_name_or_path} is a training checkpoint: taking its EMA weights (`target`), not the "
+            "online ones (`djepa`)."
+        )
+        kwargs["output_loading_info"] = False
+        target = DJEPAForPreTraining.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs).target
+        target.requires_grad_(True)
+        return target if info is None else (target, info)
+
+    def _check_tokens(self, tokens: torch.Tensor):
+        shape = (self.config.num_tokens, self.config.token_size)
+        if tokens.ndim != 3 or tuple(tokens.shape[1:]) != shape:
+            raise ValueError(f"`tokens` must have shape (batch, {shape[0]}, {shape[1]}), got {tuple(tokens.shape)}.")
+
+    def _visible_places(
+        self, mask: torch.BoolTensor | None, visible: torch.LongTensor | None, batch_size: int
+    ) -> torch.LongTensor | None:
+        if visible is not None or mask is None:
+            return visible
+        if mask.dtype != torch.bool or tuple(mask.shape) != (batch_size, self.config.num_tokens):
+            raise ValueError(
+                f"`mask` must be boolean of shape ({batch_size}, {self.config.num_tokens}), got {mask.dtype} of shape "
+                f"{tuple(mask.shape)}."
+            )
+        return visible_places(mask)
+
+
+class DJEPAForPreTraining(DJEPAPreTrainedModel):
+    """
+    D-JEPA in training: the online model `djepa`, its moving average `target` and the `prediction_head` (paper, section
+    3).
+
+    `target` is frozen and always in evaluation mode. Its encoder gives the targets of the prediction loss, and its
+    weights are the ones to sample from and to publish. A model loaded from a published [`DJEPAModel`] starts with
+    `target` equal to `djepa`.
+
+    Args:
+        config ([`DJEPAConfig`]): sizes and objective.
+    """
+
+    _keys_to_ignore_on_load_missing = [r"^target\."]
+
+    def __init__(self, config: DJEPAConfig):
+        super().__init__(config)
+        self.djepa = DJEPAModel(config)
+        self.target = DJEPAModel(config)
+        self.prediction_head = PredictionHead(config) if config.prediction_loss_weight > 0 else None
+        self.token_scheduler = token_scheduler_for(config.objective)
+        self.target.requires_grad_(False)
+        self.target.eval()
+        self.post_init()
+
+    def initialize_weights(self):
+        super().initialize_weights()
+        # Runs after construction and after loading: what no file gave the target, it takes from the online model
+        # (`init.copy_` leaves loaded tensors alone).
+        for target, online in zip(self.target.parameters(), self.djepa.parameters(), strict=True):
+            init.copy_(target, online)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.target.eval()  # targets know no dropout
+        return self
+
+    @torch.no_grad()
+    def update_target(self, decay: float):
+        """
+        One step of the moving average: `target = decay * target + (1 - decay) * djepa`.
+
+        Args:
+            decay (`float`): in [0, 1]; 0 copies the online model.
+
+        Raises:
+            ValueError: if `decay` is out of its range.
+        """
+        if not 0 <= decay <= 1:
+            raise ValueError(f"`decay` must lie in [0, 1], got {decay}.")
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.djepa.parameters()), 1 - decay)
+
+    @can_return_tuple
+    def forward(
+        self,
+        sample: torch.Tensor,
+        class_labels: torch.LongTensor,
+        mask: torch.BoolTensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DJEPAForPreTrainingOutput:
+        """
+        The training losses of a batch. Both are means over hidden tokens; visible tokens cost nothing.
+
+        Args:
+            sample (`torch.Tensor` of shape `(B, num_channels, *sample_size)`): latents, or images in [-1, 1].
+            class_labels (`torch.LongTensor` of shape `(B,)`): class ids.
+            mask (`torch.BoolTensor` of shape `(B, N)`, *optional*): True where a token is hidden, equally many and at
+                least one per row. Drawn if not given.
+            timesteps (`torch.Tensor` of shape `(B, N)`, *optional*): noise level of every token.
+            noise (`torch.Tensor` of shape `(B, N, C)`, *optional*): noise of every token. If either is given, each
+                token is noised once; otherwise `diffusion_batch_mul` times, independently.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        tokens = self.djepa.patchify(sample)
+        visible, hidden = self._split_places(mask, tokens)
+        context_labels = self._drop_labels(class_labels) if self.training else class_labels
+        outputs = self.djepa(sample, context_labels, visible=visible, return_dict=True, **kwargs)
+        features = gather_tokens(outputs.last_hidden_state, hidden)  # (B, hidden, P)
+
+        diffusion_loss = self._diffusion_loss(gather_tokens(tokens, hidden), features, hidden, timesteps, noise)
+        if self.prediction_head is None:
+            prediction_loss = torch.zeros_like(diffusion_loss)
+        else:
+            prediction_loss = self._prediction_loss(tokens, class_labels, features, hidden)
+        return DJEPAForPreTrainingOutput(
+            loss=diffusion_loss + self.config.prediction_loss_weight * prediction_loss,
+            diffusion_loss=diffusion_loss,
+            prediction_loss=prediction_loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _split_places(
+        self, mask: torch.BoolTensor | None, tokens: torch.Tensor
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """The places of visible and of hidden tokens, from the mask or from a fresh draw."""
+        if mask is not None:
+            visible, hidden = self.djepa._visible_places(mask, None, len(tokens)), visible_places(~mask)
+            if hidden.shape[1] == 0:
+                raise ValueError("`mask` must hide at least one token per row, got none.")
+            return visible, hidden
+        num_masked = draw_num_masked(
+            self.config.num_tokens, self.config.mask_ratio_min, self.config.mask_ratio_mean, self.config.mask_ratio_std
+        )
+        order = random_token_order(len(tokens), self.config.num_tokens, device=tokens.device)
+        return order[:, num_masked:], order[:, :num_masked]
+
+    def _drop_labels(self, class_labels: torch.LongTensor) -> torch.LongTensor:
+        dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.label_dropout_prob
+        return class_labels.masked_fill(dropped, self.config.num_labels)
+
+    def _diffusion_loss(
+        self,
+        clean: torch.Tensor,
+        features: torch.Tensor,
+        hidden: torch.LongTensor,
+        timesteps: torch.Tensor | None,
+        noise: torch.Tensor | None,
+    ) -> torch.Tensor:
+        draws = self.config.diffusion_batch_mul if timesteps is None and noise is None else 1
+        batch_size, num_tokens, token_size = clean.shape[0], self.config.num_tokens, self.config.token_size
+        if timesteps is not None:
+            self._check_shape("timesteps", timesteps, (batch_size, num_tokens))
+            timesteps = timesteps.gather(1, hidden).flatten()
+        else:
+            timesteps = self.token_scheduler.sample_timesteps(draws * hidden.numel(), device=clean.device)
+        clean = clean.flatten(0, 1).float().repeat(draws, 1)  # (draws * B * hidden, C)
+        if noise is not None:
+            self._check_shape("noise", noise, (batch_size, num_tokens, token_size))
+            noise = gather_tokens(noise, hidden).flatten(0, 1).float()
+        else:
+            noise = torch.randn_like(clean)
+        noisy = self.token_scheduler.add_noise(clean, noise, timesteps)
+        output = self.djepa.denoise(noisy, timesteps, features.flatten(0, 1).repeat(draws, 1))
+        # in float32 also under autocast: the bound's exponentials do not survive half precision
+        return self.token_scheduler.token_loss(output.float(), clean, noise, timesteps).mean()
+
+    def _prediction_loss(
+        self, tokens: torch.Tensor, class_labels: torch.LongTensor, features: torch.Tensor, hidden: torch.LongTensor
+    ) -> torch.Tensor:
+        with torch.no_grad():
+            target_features = self.target.encode(tokens, class_labels)[:, self.config.num_buffer_tokens :]
+        target_features = gather_tokens(target_features, hidden).float()
+        predicted = self.prediction_head(features).float()
+        return F.smooth_l1_loss(predicted, target_features, beta=self.config.prediction_loss_beta)
+
+    def _check_shape(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
+
+
+__all__ = ["DJEPAForPreTraining", "DJEPAModel", "DJEPAPreTrainedModel"]

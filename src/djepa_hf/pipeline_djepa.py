@@ -1,0 +1,461 @@
+"""Class labels to images: generalized next-token prediction (D-JEPA, arXiv 2410.03755, Algorithm 1)."""
+
+import copy
+import difflib
+import inspect
+import numbers
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from .configuration_djepa import DJEPAConfig
+from .conversion import load_official_checkpoint, select_weights
+from .latents import decode_samples
+from .masking import gather_tokens, num_masked_per_step, random_token_order, scatter_tokens
+from .modeling_djepa import DJEPAModel
+from .schedulers import TOKEN_SCHEDULERS, DDPMTokenScheduler, token_scheduler_for
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+GUIDANCE_SCHEDULES = ("linear", "constant")
+
+
+class DJEPAPipeline(DiffusionPipeline):
+    """
+    Class-conditional generation with D-JEPA, in the latent space of an autoencoder or in pixels.
+
+    Args:
+        transformer ([`DJEPAModel`]): the networks.
+        scheduler ([`DDPMTokenScheduler`], [`FlowMatchTokenScheduler`] or a scheduler of diffusers that predicts noise):
+            denoises tokens; must fit the model's objective.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): decodes latents. Without it samples are images in [-1, 1].
+
+    Raises:
+        ValueError: if the components do not fit each other.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents", "mask"]
+
+    def __init__(self, transformer: DJEPAModel, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._interrupt = False
+        self.check_components()
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike,
+        vae: AutoencoderKL | None = None,
+        weights: str = "ema",
+        config: DJEPAConfig | None = None,
+    ) -> "DJEPAPipeline":
+        """
+        A pipeline from one of the authors' training files.
+
+        Args:
+            pretrained_model_link_or_path (`str` or `os.PathLike`): a local `.pth` file.
+            vae ([`~diffusers.AutoencoderKL`], *optional*): the autoencoder of the model's latents.
+            weights (`"ema"` or `"online"`, defaults to `"ema"`): which copy to sample from.
+            config ([`DJEPAConfig`], *optional*): sizes, where the file does not name a preset.
+
+        Raises:
+            ValueError: as [`load_official_checkpoint`], or if `weights` is neither.
+        """
+        training = load_official_checkpoint(pretrained_model_link_or_path, config=config)
+        scheduler = token_scheduler_for(training.config.objective)
+        return cls(transformer=select_weights(training, weights).eval(), scheduler=scheduler, vae=vae)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Autoregressive steps of the running or last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop after the current autoregressive step."""
+        return self._interrupt
+
+    def get_label_ids(self, class_labels: int | str | list | torch.Tensor) -> list[int]:
+        """
+        Class ids of ids and names.
+
+        Names are those of the model's `id2label`, or any comma-separated part of them; case and underscores do not
+        matter.
+
+        Args:
+            class_labels (`int`, `str`, or list, tuple, array or tensor of them): nested ones are flattened row by row.
+
+        Returns:
+            `list[int]`.
+
+        Raises:
+            ValueError: if an id is out of range or a name unknown; the closest names are given.
+        """
+        if isinstance(class_labels, torch.Tensor | np.ndarray):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, list | tuple):
+            return [i for label in class_labels for i in self.get_label_ids(label)]
+        if isinstance(class_labels, str):
+            return [self._id_of_name(class_labels)]
+        num_labels = self.transformer.config.num_labels
+        if not isinstance(class_labels, numbers.Integral) or isinstance(class_labels, bool):
+            raise ValueError(f"`class_labels` must be class ids or names, got {class_labels!r}.")
+        if not 0 <= class_labels < num_labels:
+            raise ValueError(f"Class id {class_labels} is out of range: this model knows 0..{num_labels - 1}.")
+        return [int(class_labels)]
+
+    def _id_of_name(self, name: str) -> int:
+        def normalize(text: str) -> str:
+            return " ".join(text.replace("_", " ").split()).casefold()
+
+        # whole labels go before parts of them, and low ids before high ones
+        labels = self.transformer.config.id2label
+        ids, shown = {}, {}
+        for parts in (lambda label: [label], lambda label: label.split(",")):
+            for i, label in labels.items():
+                for part in parts(label):
+                    ids.setdefault(normalize(part), i)
+                    shown.setdefault(normalize(part), part.strip())
+        if normalize(name) in ids:
+            return ids[normalize(name)]
+        closest = difflib.get_close_matches(normalize(name), ids, n=3, cutoff=0.0)
+        raise ValueError(f"Unknown class {name!r}. The closest names are: {', '.join(shown[c] for c in closest)}.")
+
+    def check_components(self):
+        """Raises a `ValueError` unless scheduler and VAE fit the model."""
+        config = self.transformer.config
+        expected = {"diffusion": "epsilon", "flow_matching": "flow_matching"}[config.objective]
+        found = getattr(self.scheduler.config, "prediction_type", None)
+        if found != expected:
+            raise ValueError(
+                f"The model's objective is {config.objective!r}, which needs a scheduler with prediction type "
+                f"{expected!r}, such as {TOKEN_SCHEDULERS[config.objective].__name__}; "
+                f"{type(self.scheduler).__name__} has {found!r}."
+            )
+        if self.vae is not None and self.vae.config.latent_channels != config.num_channels:
+            raise ValueError(
+                f"The VAE has {self.vae.config.latent_channels} latent channels, the model {config.num_channels}: they "
+                "do not belong together."
+            )
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        num_inference_steps: int,
+        num_denoising_steps: int,
+        guidance_scale: float,
+        guidance_schedule: str,
+        temperature: float,
+        num_images_per_label: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        token_order: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ):
+        """Raises a `ValueError`, before any work, for the first argument of a call that cannot be right."""
+        self.check_components()
+        config = self.transformer.config
+        num_tokens = config.num_tokens
+        if batch_size == 0:
+            raise ValueError("`class_labels` is empty: pass at least one class.")
+        if num_images_per_label < 1:
+            raise ValueError(f"`num_images_per_label` must be at least 1, got {num_images_per_label}.")
+        if not 1 <= num_inference_steps <= num_tokens:
+            raise ValueError(
+                f"`num_inference_steps` must lie in 1..{num_tokens}, because this model has {num_tokens} tokens and "
+                f"every autoregressive step reveals at least one; got {num_inference_steps}."
+            )
+        if num_denoising_steps < 1:
+            raise ValueError(f"`num_denoising_steps` must be at least 1, got {num_denoising_steps}.")
+        if guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, got {guidance_schedule!r}.")
+        if not 0 <= guidance_scale < float("inf"):
+            raise ValueError(f"`guidance_scale` must be finite and not negative, got {guidance_scale}.")
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"`temperature` must be finite and not negative, got {temperature}.")
+        if isinstance(generator, list) and len(generator) not in (1, batch_size):
+            raise ValueError(
+                f"`generator` must be one generator or one per image ({batch_size}), got a list of {len(generator)}."
+            )
+        shape = (batch_size, num_tokens, config.token_size)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        if token_order is not None:
+            if tuple(token_order.shape) != shape[:2]:
+                raise ValueError(f"`token_order` must have shape {shape[:2]}, got {tuple(token_order.shape)}.")
+            in_order = torch.arange(num_tokens, device=token_order.device).expand(shape[:2])
+            if not torch.equal(token_order.sort(-1).values.long(), in_order):
+                raise ValueError(f"Every row of `token_order` must be a permutation of 0..{num_tokens - 1}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        channels = config.num_channels if self.vae is None else self.vae.config.out_channels
+        if output_type == "pil" and (len(config.sample_shape) != 2 or channels not in (1, 3)):
+            raise ValueError(
+                f"Samples with {channels} channels on a grid of rank {len(config.sample_shape)} are no pictures: use "
+                "`output_type` 'np', 'pt' or 'latent'."
+            )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be in {self._callback_tensor_inputs}, got {unknown}."
+            )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The initial noise of every token, `(batch_size, N, C)` in float32, drawn unless given."""
+        device, config = self._execution_device, self.transformer.config
+        if latents is not None:
+            return latents.to(device=device, dtype=torch.float32)
+        shape = (batch_size, config.num_tokens, config.token_size)
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def prepare_token_order(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        token_order: torch.Tensor | None = None,
+    ) -> torch.LongTensor:
+        """The order in which tokens are generated, `(batch_size, N)`, uniformly random unless given."""
+        device = self._execution_device
+        if token_order is not None:
+            return token_order.to(device=device, dtype=torch.long)
+        return random_token_order(batch_size, self.transformer.config.num_tokens, device, generator)
+
+    def denoise_tokens(
+        self,
+        noise: torch.Tensor,
+        conditioning: torch.Tensor,
+        scheduler: SchedulerMixin,
+        guidance: float | None,
+        temperature: float,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        Denoises the tokens of one autoregressive step.
+
+        Args:
+            noise (`torch.Tensor` of shape `(B, n, C)`): their initial noise, float32.
+            conditioning (`torch.Tensor` of shape `(B, n, P)`): their features; with guidance `(2B, n, P)`, those for
+                the null class behind the others.
+            scheduler: with its timesteps set; its state, if it has one, is changed.
+            guidance (`float`, *optional*): scale of this step; `None` does without the null class.
+            temperature (`float`): see `__call__`.
+            generator (`torch.Generator` or list of `B` of them, *optional*): draws the noise of ancestral steps.
+
+        Returns:
+            `torch.Tensor` of shape `(B, n, C)`, float32.
+        """
+        denoiser = self.transformer.denoiser
+        dtype = denoiser.input_projection.weight.dtype
+        keeps_variance = isinstance(scheduler, DDPMTokenScheduler)
+        accepted = inspect.signature(scheduler.step).parameters
+        step_options = {"temperature": temperature, "generator": generator}
+        step_options = {name: value for name, value in step_options.items() if name in accepted}
+        # only the sum of the two changes from one evaluation to the next
+        condition = denoiser.condition_projection(conditioning.flatten(0, 1).to(dtype))
+        time_embeddings = denoiser.time_embedding(scheduler.timesteps)
+        sample, token_size = noise, noise.shape[-1]
+        for timestep, time_embedding in zip(scheduler.timesteps, time_embeddings, strict=True):
+            model_input = scheduler.scale_model_input(sample, timestep)
+            if guidance is not None:  # both halves denoise the same noisy tokens
+                model_input = torch.cat([model_input, model_input])
+            output = denoiser(model_input.flatten(0, 1).to(dtype), time_embedding + condition)
+            output = output.float().unflatten(0, model_input.shape[:2])
+            if guidance is not None:
+                output, null_output = output.chunk(2)
+                prediction, null_prediction = output[..., :token_size], null_output[..., :token_size]
+                guided = null_prediction + guidance * (prediction - null_prediction)
+                output = torch.cat([guided, output[..., token_size:]], dim=-1)  # the variance is the class's own
+            if not keeps_variance:
+                output = output[..., :token_size]
+            sample = scheduler.step(output, timestep, sample, **step_options).prev_sample
+        return sample
+
+    def decode_tokens(
+        self, tokens: torch.Tensor, output_type: str = "pil", mask: torch.BoolTensor | None = None
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """
+        Tokens to images. Serves callbacks, too, that show what there is so far.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(B, N, C)`).
+            output_type (`str`): as in `__call__`.
+            mask (`torch.BoolTensor` of shape `(B, N)`, *optional*): tokens to leave out (they count as zeros).
+        """
+        if mask is not None:
+            tokens = tokens.masked_fill(mask.unsqueeze(-1), 0.0)
+        samples = self.transformer.unpatchify(tokens)
+        if output_type == "latent":
+            return samples
+        images = (decode_samples(samples, self.vae).float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.movedim(1, -1).cpu().numpy()
+        return self.numpy_to_pil(images) if output_type == "pil" else images
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str] | torch.Tensor,
+        num_inference_steps: int = 64,
+        num_denoising_steps: int = 100,
+        guidance_scale: float = 3.0,
+        guidance_schedule: str = "linear",
+        temperature: float = 0.98,
+        num_images_per_label: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        token_order: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DJEPAPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Generates images of classes.
+
+        Args:
+            class_labels (`int`, `str`, or list of them):
+                Class ids or names, see [`~DJEPAPipeline.get_label_ids`].
+            num_inference_steps (`int`, *optional*, defaults to 64):
+                Autoregressive steps (K), at most the model's number of tokens. The published models use 64 for their
+                256 tokens.
+            num_denoising_steps (`int`, *optional*, defaults to 100):
+                Denoising steps per token (T), which are network evaluations for the token schedulers.
+            guidance_scale (`float`, *optional*, defaults to 3.0):
+                Classifier-free guidance; 1 does without, at half the cost.
+            guidance_schedule (`"linear"` or `"constant"`, *optional*, defaults to `"linear"`):
+                Linear guidance grows from 1 to `guidance_scale` with the share of generated tokens.
+            temperature (`float`, *optional*, defaults to 0.98):
+                Factor on the noise that each DDPM step adds, or on the initial noise of flow matching. Deterministic
+                schedulers of diffusers know no temperature.
+            num_images_per_label (`int`, *optional*, defaults to 1):
+                Images per entry of `class_labels`, next to each other in the result.
+            generator (`torch.Generator` or list of them, *optional*):
+                One for all, or one per image: then an image does not depend on its neighbours in the batch.
+            latents (`torch.Tensor` of shape `(B, N, C)`, *optional*):
+                Initial noise of every token.
+            token_order (`torch.LongTensor` of shape `(B, N)`, *optional*):
+                The order in which tokens are generated, first to last.
+            output_type (`"pil"`, `"np"`, `"pt"` or `"latent"`, *optional*, defaults to `"pil"`):
+                Pictures; arrays `(B, H, W, channels)` in [0, 1]; tensors `(B, channels, H, W)` in [0, 1]; or samples of
+                the model's space `(B, num_channels, *sample_size)`.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an [`~diffusers.ImagePipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after every autoregressive step as `callback(pipe, step, num_hidden, tensors)`, where
+                `num_hidden` tokens are still to come. What it returns replaces the tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                `"latents"` are tokens `(B, N, C)`, generated where they are done, initial noise elsewhere; `"mask"`
+                `(B, N)` is True where a token is still to come. [`~DJEPAPipeline.decode_tokens`] shows both.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
+
+        Raises:
+            ValueError: for an argument that cannot be right, before any work.
+        """
+        # 1. Check inputs
+        labels = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        self.check_inputs(
+            len(labels),
+            num_inference_steps,
+            num_denoising_steps,
+            guidance_scale,
+            guidance_schedule,
+            temperature,
+            num_images_per_label,
+            generator,
+            latents,
+            token_order,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        if isinstance(generator, list) and len(generator) == 1:
+            generator = generator[0]
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
+
+        # 2. Prepare the scheduler: a copy, because steppers with memory change themselves
+        device, num_tokens = self._execution_device, self.transformer.config.num_tokens
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(num_denoising_steps, device=device)
+
+        # 3. Prepare labels, noise and order
+        labels = torch.tensor(labels, device=device)
+        order = self.prepare_token_order(len(labels), generator, token_order)
+        latents = self.prepare_latents(len(labels), generator, latents)
+        if hasattr(scheduler, "scale_initial_noise"):
+            latents = scheduler.scale_initial_noise(latents, temperature)
+        else:
+            latents = latents * scheduler.init_noise_sigma
+
+        # 4. Reveal tokens, a few at a time
+        num_masked = num_masked_per_step(num_tokens, num_inference_steps)
+        for step in self.progress_bar(range(num_inference_steps)):
+            if self.interrupt:
+                continue
+            done, upto = num_tokens - num_masked[step], num_tokens - num_masked[step + 1]
+            visible, chosen = order[:, :done], order[:, done:upto]
+            guidance = self._guidance_of_step(guidance_schedule, num_masked[step + 1])
+
+            # 5. Features of the tokens to come, for the class and, with guidance, for the null class
+            tokens, context_labels, places = latents, labels, (visible, chosen)
+            if guidance is not None:
+                null_labels = torch.full_like(labels, self.transformer.config.num_labels)
+                tokens, context_labels = torch.cat([latents, latents]), torch.cat([labels, null_labels])
+                places = tuple(torch.cat([place, place]) for place in places)
+            context_features = self.transformer.encode(tokens, context_labels, visible=places[0])
+            features = self.transformer.predict(context_features, visible=places[0])
+
+            # 6. Denoise them, each by itself
+            latents = scatter_tokens(
+                latents,
+                chosen,
+                self.denoise_tokens(
+                    gather_tokens(latents, chosen),
+                    gather_tokens(features, places[1]),
+                    copy.deepcopy(scheduler),
+                    guidance,
+                    temperature,
+                    generator,
+                ),
+            )
+
+            if callback_on_step_end is not None:
+                mask = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :upto], False)
+                tensors = {"latents": latents, "mask": mask}
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                result = callback_on_step_end(self, step, num_masked[step + 1], tensors) or {}
+                latents = result.pop("latents", latents)
+
+        # 7. Decode
+        images = self.decode_tokens(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _guidance_of_step(self, schedule: str, num_still_masked: int) -> float | None:
+        if self.guidance_scale == 1.0:
+            return None
+        if schedule == "constant":
+            return self.guidance_scale
+        # the schedule's m never falls below 1, not even in the last step, which reveals all that remain
+        num_tokens = self.transformer.config.num_tokens
+        return 1 + (self.guidance_scale - 1) * (num_tokens - max(1, num_still_masked)) / num_tokens
