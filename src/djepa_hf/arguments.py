@@ -1,0 +1,154 @@
+"""Options of the scripts: dataclasses that YAML files and the command line fill. Needs the `train` extra."""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from .configuration_djepa import DJEPAConfig
+
+
+def _option(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def _model_fields() -> list[tuple[str, Any, Any]]:
+    """The sizes of [`DJEPAConfig`] that data do not determine, as optional options of one type each."""
+    fields = []
+    for name, annotation in DJEPAConfig.__annotations__.items():
+        if name in ("model_type", "sample_size", "num_channels"):
+            continue
+        if isinstance(annotation, types.UnionType):
+            members = typing.get_args(annotation)
+            annotation = float if float in members else members[0]
+        help = f"`DJEPAConfig.{name}`; what the preset says if not given."
+        fields.append((name, annotation | None if isinstance(annotation, type) else annotation, _option(None, help)))
+    return fields
+
+
+@dataclasses.dataclass
+class PresetArguments:
+    preset: Literal["base", "large", "huge"] = _option("base", "Sizes to start from; single ones can be overridden.")
+
+
+ModelArguments = dataclasses.make_dataclass("ModelArguments", _model_fields(), bases=(PresetArguments,))
+ModelArguments.__doc__ = "Sizes of the model."
+
+
+@dataclasses.dataclass
+class DataArguments:
+    """What to train on."""
+
+    dataset_name: str | None = _option(None, "'digits', a data set of the Hub, or a folder that `datasets` can load.")
+    train_data_dir: str | None = _option(None, "A folder with one sub-folder of images per class.")
+    image_column: str = _option("image", "Column of the images.")
+    label_column: str = _option("label", "Column of the classes.")
+    resolution: int = _option(256, "Side of the images, which are resized and centre-cropped to it.")
+    random_flip: bool = _option(True, "Flip half of the images left to right. Off for digits and text.")
+    pretrained_vae_model_name_or_path: str | None = _option(
+        None, "An `AutoencoderKL` (folder or id, also 'id/subfolder') to train in the latents of; pixels without it."
+    )
+    dataloader_num_workers: int = _option(0, "Processes that decode images; 0 decodes in the main process.")
+
+
+@dataclasses.dataclass
+class TrainingArguments:
+    """How to train. Defaults are the published recipe where it does not depend on the data."""
+
+    output_dir: str = _option("outputs/djepa", "Where the pipeline, checkpoints, previews and plots go.")
+    seed: int = _option(0, "Seed of everything random.")
+    train_batch_size: int = _option(64, "Samples per process and forward.")
+    gradient_accumulation_steps: int = _option(1, "Forwards per optimizer step.")
+    num_train_epochs: int = _option(1, "Passes over the data, unless `max_train_steps` says otherwise.")
+    max_train_steps: int | None = _option(None, "Optimizer steps; overrides `num_train_epochs`.")
+    learning_rate: float = _option(1e-4, "Peak learning rate. The recipe: 1e-4 per 256 samples of the global batch.")
+    lr_scheduler: str = _option("constant_with_warmup", "Any schedule of `diffusers.optimization.get_scheduler`.")
+    lr_warmup_steps: int = _option(100, "Optimizer steps until the peak learning rate.")
+    adam_beta1: float = _option(0.9, "AdamW's first beta.")
+    adam_beta2: float = _option(0.95, "AdamW's second beta.")
+    adam_epsilon: float = _option(1e-6, "AdamW's epsilon.")
+    adam_weight_decay: float = _option(0.02, "Weight decay at the end of training; it rises to it from 0.")
+    max_grad_norm: float = _option(3.0, "Gradients are clipped to this norm.")
+    ema_decay: float = _option(0.9999, "Decay of the moving average that is published.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "Precision of forward and backward.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
+    checkpointing_steps: int | None = _option(None, "Save a checkpoint every so many steps; none if not given.")
+    checkpoints_total_limit: int | None = _option(None, "Keep only so many checkpoints, the newest.")
+    resume_from_checkpoint: str | None = _option(None, "A checkpoint folder of this run, or 'latest'.")
+    report_to: str | None = _option(None, "A tracker that Accelerate knows: tensorboard, trackio, wandb, ...")
+    logging_steps: int = _option(10, "Log losses to the tracker every so many steps.")
+    validation_steps: int | None = _option(None, "Write a preview grid every so many steps; none if not given.")
+
+
+@dataclasses.dataclass
+class SamplingArguments:
+    """How to sample, in previews and scripts."""
+
+    num_inference_steps: int | None = _option(None, "Autoregressive steps; 64, or as many as there are tokens.")
+    num_denoising_steps: int = _option(50, "Denoising steps per token.")
+    guidance_scale: float = _option(3.0, "Classifier-free guidance; 1 does without.")
+    guidance_schedule: Literal["linear", "constant"] = _option("linear", "How guidance grows as tokens appear.")
+    temperature: float = _option(0.98, "Below 1: less variety, fewer mistakes.")
+
+    def call_options(self, num_tokens: int) -> dict[str, Any]:
+        """Keyword arguments of `DJEPAPipeline.__call__` for a model of `num_tokens` tokens."""
+        options = dataclasses.asdict(self)
+        options["num_inference_steps"] = self.num_inference_steps or min(64, num_tokens)
+        return options
+
+
+def parse_arguments(*dataclass_types: type, argv: list[str] | None = None, description: str | None = None) -> tuple:
+    """
+    Instances of dataclasses from `--config FILE.yaml` and the command line, which goes before the file.
+
+    Args:
+        *dataclass_types (`type`): their fields are the options. A YAML file holds a flat mapping of the same names.
+        argv (`list[str]`, *optional*): the command line; that of the process if not given.
+        description (`str`, *optional*): for `--help`.
+
+    Returns:
+        `tuple`: one instance per dataclass.
+
+    Exits with a message that names the closest option if one does not exist, and the value if it has a wrong type.
+    """
+    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="A YAML file of options; the command line goes before it.")
+    argv = sys.argv[1:] if argv is None else argv
+    known = {field.name for kind in dataclass_types for field in dataclasses.fields(kind)}
+    early = parser.parse_known_args(argv)[0]
+    # the file becomes the beginning of the command line: one way to check types, and later options win
+    argv = [*_options_of_file(early.config, known, parser), *argv] if early.config is not None else argv
+    *parsed, remaining = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    for option in remaining:
+        if option.startswith("-"):
+            parser.error(f"there is no option {option.split('=')[0]}; did you mean {_closest(option, known)}?")
+    if remaining:
+        parser.error(f"unexpected {' '.join(remaining)}")
+    return tuple(part for part in parsed if dataclasses.is_dataclass(part))
+
+
+def _options_of_file(path: Path, known: set[str], parser: HfArgumentParser) -> list[str]:
+    try:
+        options = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"cannot read {path}: {error}")
+    if not isinstance(options, dict):
+        parser.error(f"{path} must be a mapping of options, got a {type(options).__name__}")
+    argv = []
+    for name, value in options.items():
+        if name not in known:
+            parser.error(f"{path} has an unknown key {name!r}; did you mean {_closest(str(name), known)}?")
+        if value is not None:
+            argv += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return argv
+
+
+def _closest(option: str, known: set[str]) -> str:
+    name = option.lstrip("-").split("=")[0].replace("-", "_")
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -1,0 +1,185 @@
+"""Data sets to train on: the built-in digits, a folder of images, or a data set of the Hub. Needs the `train` extra."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+DIGITS = "digits"
+HELD_OUT_DIGITS = 0.25  # of scikit-learn's 1,797; no model of ours trains on them
+
+
+def load_digits(split: str) -> datasets.Dataset:
+    """
+    scikit-learn's handwritten digits: 8x8 greyscale, ten classes, 1,797 images.
+
+    Args:
+        split (`str`): `"train"`, or `"test"` for the quarter that is held out. The split is stratified and fixed.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns `image` (levels 0 to 16 spread over 0 to 255) and `label` (`ClassLabel`).
+
+    Raises:
+        ValueError: if there is no such split.
+    """
+    from sklearn.datasets import load_digits as load_arrays
+    from sklearn.model_selection import train_test_split
+
+    arrays = load_arrays()
+    parts = train_test_split(
+        arrays.images, arrays.target, test_size=HELD_OUT_DIGITS, stratify=arrays.target, random_state=0
+    )
+    splits = {"train": parts[0::2], "test": parts[1::2]}
+    if split not in splits:
+        raise ValueError(f"`split` must be 'train' or 'test', got {split!r}.")
+    images, labels = splits[split]
+    pictures = [Image.fromarray(np.round(image * 255 / 16).astype(np.uint8)) for image in images]
+    names = [str(name) for name in arrays.target_names]
+    return datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=_features(names))
+
+
+def load_image_folder(folder: str | Path) -> datasets.Dataset:
+    """
+    A folder with one sub-folder of images per class, named like the class.
+
+    Args:
+        folder (`str` or `Path`): hidden files in it are ignored.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns `image` (decoded on access) and `label` (`ClassLabel`, names sorted).
+
+    Raises:
+        ValueError: if there are no class folders, a class folder has no images, or anything else lies in between. The
+            offending path is named.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder.")
+    classes = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{root} is empty: it must hold one sub-folder of images per class.")
+    paths, labels = [], []
+    for label, class_folder in enumerate(classes):
+        if not class_folder.is_dir():
+            raise ValueError(f"{class_folder} lies beside the class folders: move it into one, or away.")
+        files = sorted(path for path in class_folder.iterdir() if not path.name.startswith("."))
+        if not files:
+            raise ValueError(f"{class_folder} is empty: every class needs images.")
+        for path in files:
+            if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES:
+                raise ValueError(f"{path} is not an image: class folders must hold nothing else.")
+            paths.append(str(path))
+            labels.append(label)
+    features = _features([path.name for path in classes])
+    return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=features)
+
+
+def load_training_data(
+    dataset_name: str | None = None,
+    train_data_dir: str | Path | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> datasets.Dataset:
+    """
+    The data set to train on, with the columns `image` and `label` (a `ClassLabel`), whatever they were called.
+
+    Args:
+        dataset_name (`str`, *optional*): `"digits"`, or a data set of the Hub (or a local folder that `datasets` can
+            load); its training split is taken.
+        train_data_dir (`str`, *optional*): a folder of images instead, see [`load_image_folder`].
+        image_column, label_column (`str`): where the images and classes of a Hub data set are.
+
+    Raises:
+        ValueError: if not exactly one source is given, a column does not exist, or holds no images or classes.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        raise ValueError(
+            f"Pass either `dataset_name` or `train_data_dir`, got {'neither' if dataset_name is None else 'both'}."
+        )
+    if train_data_dir is not None:
+        return load_image_folder(train_data_dir)
+    if dataset_name == DIGITS:
+        return load_digits("train")
+    data = datasets.load_dataset(dataset_name, split="train")
+    for option, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in data.column_names:
+            closest = difflib.get_close_matches(column, data.column_names, n=1, cutoff=0.0)
+            raise ValueError(
+                f"{dataset_name} has no column {column!r} (`{option}`); it has {', '.join(data.column_names)}. "
+                f"Did you mean {closest[0]!r}?"
+            )
+    if not isinstance(data.features[image_column], datasets.Image):
+        raise ValueError(f"Column {image_column!r} of {dataset_name} holds {data.features[image_column]}, not images.")
+    data = data.select_columns([image_column, label_column])
+    data = data.rename_columns({image_column: "image", label_column: "label"})
+    return _with_class_labels(data, dataset_name, label_column)
+
+
+def image_transform(resolution: int, channels: int, random_flip: bool) -> Callable[[dict], dict]:
+    """
+    A transform for `Dataset.set_transform`: pictures to float tensors in [-1, 1].
+
+    Resizes and crops as ADM does (arXiv 2105.05233, `center_crop_arr`): halve with a box filter while the short side is
+    at least twice the target, then bicubic to the target, then crop the centre.
+
+    Args:
+        resolution (`int`): side of the square.
+        channels (`int`): 1 for greyscale, 3 for colour.
+        random_flip (`bool`): whether to flip half of the pictures left to right.
+
+    Returns:
+        A function from a batch with `image` and `label` to one with `sample` `(channels, resolution, resolution)` and
+        `class_labels`.
+    """
+    mode = {1: "L", 3: "RGB"}[channels]
+
+    def to_tensor(image: Image.Image) -> torch.Tensor:
+        image = center_crop(image.convert(mode), resolution)
+        if random_flip and torch.rand(()) < 0.5:
+            image = ImageOps.mirror(image)
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).reshape(resolution, resolution, channels)
+        return pixels.permute(2, 0, 1) / 127.5 - 1
+
+    def transform(batch: dict) -> dict:
+        return {"sample": [to_tensor(image) for image in batch["image"]], "class_labels": batch["label"]}
+
+    return transform
+
+
+def center_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """The centre square of a picture, `resolution` pixels wide, resized as ADM does (see [`image_transform`])."""
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    if scale != 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def num_image_channels(image: Image.Image) -> int:
+    """1 for a greyscale picture, 3 for any other."""
+    return 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
+
+
+def _features(names: list[str]) -> datasets.Features:
+    return datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+
+
+def _with_class_labels(data: datasets.Dataset, name: str, column: str) -> datasets.Dataset:
+    feature = data.features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return data
+    if not isinstance(feature, datasets.Value) or feature.dtype.startswith("float"):
+        raise ValueError(f"Column {column!r} of {name} holds {feature}, not classes.")
+    if feature.dtype == "string":
+        return data.class_encode_column("label")
+    classes = data.unique("label")
+    if min(classes) < 0:
+        raise ValueError(f"Column {column!r} of {name} holds negative class ids ({min(classes)}).")
+    return data.cast_column("label", datasets.ClassLabel(names=[str(i) for i in range(max(classes) + 1)]))

@@ -1,0 +1,62 @@
+"""Pictures that people look at: grids of samples and loss curves. Loss curves need the `train` extra."""
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+MIN_TILE = 48  # smaller images are enlarged to this, so that a grid of digits can be read
+
+
+def labelled_grid(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
+    """
+    Images in rows, each with its label in front.
+
+    Args:
+        rows (`list[tuple[str, list[PIL.Image.Image]]]`): label and images of each row; all images of one size.
+    """
+    width, height = rows[0][1][0].size
+    zoom = max(1, -(-MIN_TILE // min(width, height)))
+    width, height, gap = width * zoom, height * zoom, max(2, width * zoom // 24)
+    font = ImageFont.load_default(size=max(12, min(28, height // 3)))
+    margin = gap + max(round(font.getlength(label)) for label, _ in rows) + 2 * gap
+    columns = max(len(images) for _, images in rows)
+    grid = Image.new("RGB", (margin + columns * (width + gap), gap + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(grid)
+    for row, (label, images) in enumerate(rows):
+        top = gap + row * (height + gap)
+        draw.text((margin - 2 * gap, top + height // 2), label, fill="black", font=font, anchor="rm")
+        for column, image in enumerate(images):
+            image = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(image, (margin + column * (width + gap), top))
+    return grid
+
+
+def plot_losses(steps: list[int], losses: dict[str, list[float]], path: str | Path, title: str):
+    """
+    Loss curves, raw and smoothed, one panel each, to an image file.
+
+    Args:
+        steps (`list[int]`): optimizer steps.
+        losses (`dict[str, list[float]]`): a value per step for each loss.
+        path (`str` or `Path`): where the picture goes.
+        title (`str`): what was trained.
+    """
+    from matplotlib.figure import Figure  # the object interface: no display, no global state
+
+    figure = Figure(figsize=(4.5 * len(losses), 3.2), layout="constrained")
+    figure.suptitle(title)
+    for axes, (name, values) in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses.items(), strict=True):
+        axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smoothed(values), color="tab:blue", linewidth=1.6)
+        axes.set(xlabel="optimizer step", title=name, yscale="log" if min(values) > 0 else "linear")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
+    """Moving average without the bias of its start."""
+    average, smoothed = 0.0, []
+    for step, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**step))
+    return smoothed
