@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How good a digits pipeline is, judged by a classifier that was trained on real digits alone.
 
-    python examples/evaluate_digits.py --config examples/configs/digits_sampling.yaml --pipeline outputs/digits
+    python examples/evaluate_digits.py --pipeline outputs/digits --config outputs/digits/sampling.yaml
 
 Prints the share of generated digits that the classifier reads as the label asked for, and the Fréchet distance of its
 hidden features from generated to held-out real digits, beside the same distance from the real training digits. Writes

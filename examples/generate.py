@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Generate images of classes with a trained pipeline.
 
-    python examples/generate.py --pipeline outputs/digits --labels 3 7 --num_images_per_label 8 --output_dir outputs/some
+    python examples/generate.py --pipeline outputs/digits --config outputs/digits/sampling.yaml --labels 3 7
 
 Writes one PNG per image and `grid.png`, with a row per label. An image depends on the seed, its label's place in the
 list and its number alone, not on how many others are made with it.

@@ -2,18 +2,20 @@
 """Train D-JEPA on images of classes.
 
     accelerate launch examples/train.py --config examples/configs/digits.yaml
-    accelerate launch examples/train.py --train_data_dir my_images --resolution 64 --patch_size 4 --output_dir outputs/mine
+    accelerate launch examples/train.py --train_data_dir my_images --resolution 64 --patch_size 4
 
 Every option can stand in the YAML file and on the command line, which goes before the file. The result is a pipeline
-folder in `--output_dir`, with the moving average (EMA) of the weights, and beside it `loss.png` and `previews/`.
+folder in `--output_dir`, with the moving average (EMA) of the weights, and beside it `loss.png`, `previews/` and the
+sampling options as `sampling.yaml` for the other scripts.
 """
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL
@@ -34,30 +36,65 @@ PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 8
 
 
 class LossHistory:
-    """Losses of every step, kept across a resume."""
+    """The losses of every step, kept across a resume."""
 
     def __init__(self):
-        self.losses: dict[str, list[float]] = {"diffusion loss": [], "prediction loss": []}
+        self.diffusion_loss: list[float] = []
+        self.prediction_loss: list[float] = []
 
     def append(self, diffusion_loss: float, prediction_loss: float):
-        self.losses["diffusion loss"].append(diffusion_loss)
-        self.losses["prediction loss"].append(prediction_loss)
+        self.diffusion_loss.append(diffusion_loss)
+        self.prediction_loss.append(prediction_loss)
 
     def state_dict(self) -> dict:
-        return {"losses": self.losses}
+        return vars(self)
 
     def load_state_dict(self, state: dict):
-        self.losses = state["losses"]
+        vars(self).update(state)
+
+
+@dataclass
+class Run:
+    """All that a training run works with."""
+
+    args: TrainingArguments
+    sampling: SamplingArguments
+    accelerator: Accelerator
+    model: DJEPAForPreTraining  # as Accelerate prepared it: possibly wrapped
+    loader: DataLoader
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    vae: AutoencoderKL | None
+    total_steps: int
+    steps_per_epoch: int
+    step: int = 0
+    history: LossHistory = field(default_factory=LossHistory)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def online(self) -> DJEPAForPreTraining:
+        return self.accelerator.unwrap_model(self.model)
+
+    def save(self) -> Path:
+        return save_checkpoint(self.accelerator, self.output_dir, self.step, self.args.checkpoints_total_limit)
+
+    def pipeline(self) -> DJEPAPipeline:
+        """A pipeline over the moving average as it is now."""
+        pipe = DJEPAPipeline(self.online.target, token_scheduler_for(self.online.config.objective), self.vae)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
 
 def load_vae(name_or_path: str) -> AutoencoderKL:
     """An autoencoder from a folder or from the Hub (`owner/name` or `owner/name/subfolder`)."""
+    subfolder = None
     if not Path(name_or_path).is_dir() and name_or_path.count("/") > 1:
         owner, name, subfolder = name_or_path.split("/", 2)
-        vae = AutoencoderKL.from_pretrained(f"{owner}/{name}", subfolder=subfolder)
-    else:
-        vae = AutoencoderKL.from_pretrained(name_or_path)
-    return vae.requires_grad_(False).eval()
+        name_or_path = f"{owner}/{name}"
+    return AutoencoderKL.from_pretrained(name_or_path, subfolder=subfolder).requires_grad_(False).eval()
 
 
 def model_config(
@@ -74,23 +111,12 @@ def model_config(
     return DJEPAConfig.from_preset(options.pop("preset"), **options)
 
 
-def preview(pipe: DJEPAPipeline, sampling: SamplingArguments, seed: int, path: Path):
-    """A labelled grid of the first classes, from the same noise every time."""
-    config = pipe.transformer.config
-    labels = list(range(min(PREVIEW_CLASSES, config.num_labels)))
-    options = sampling.call_options(config.num_tokens)
-    generator = torch.Generator().manual_seed(seed)
-    images = pipe(labels, num_images_per_label=PREVIEW_IMAGES, generator=generator, **options).images
-    rows = [images[i * PREVIEW_IMAGES : (i + 1) * PREVIEW_IMAGES] for i in range(len(labels))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid([(config.id2label[i], row) for i, row in zip(labels, rows, strict=True)]).save(path)
-
-
-def main(argv: list[str] | None = None):
-    model_args, data_args, args, sampling = parse_arguments(
-        ModelArguments, DataArguments, TrainingArguments, SamplingArguments, argv=argv, description=__doc__
-    )
+def prepare(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, sampling: SamplingArguments
+) -> Run:
+    """Loads and checks everything before the first step."""
     output_dir = Path(args.output_dir)
+    resume = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -100,22 +126,16 @@ def main(argv: list[str] | None = None):
     )
     set_seed(args.seed, device_specific=True)
 
-    # 1. Data, autoencoder and model
     data = load_training_data(
         data_args.dataset_name, data_args.train_data_dir, data_args.image_column, data_args.label_column
     )
-    channels = num_image_channels(data[0]["image"])
-    vae = load_vae(data_args.pretrained_vae_model_name_or_path) if data_args.pretrained_vae_model_name_or_path else None
-    if vae is not None:
-        channels = vae.config.in_channels
     names = data.features["label"].names
-    config = model_config(model_args, names, data_args.resolution, channels, vae)
-    model = DJEPAForPreTraining(config)
+    vae = load_vae(data_args.pretrained_vae_model_name_or_path) if data_args.pretrained_vae_model_name_or_path else None
+    channels = num_image_channels(data[0]["image"]) if vae is None else vae.config.in_channels
+    model = DJEPAForPreTraining(model_config(model_args, names, data_args.resolution, channels, vae))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    resume = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
 
-    # 2. Batches, optimizer and schedules
     data.set_transform(image_transform(data_args.resolution, channels, data_args.random_flip))
     loader = DataLoader(
         data,
@@ -123,6 +143,7 @@ def main(argv: list[str] | None = None):
         shuffle=True,
         drop_last=len(data) >= args.train_batch_size,
         num_workers=data_args.dataloader_num_workers,
+        generator=torch.Generator().manual_seed(args.seed),  # of its own: shuffling must not disturb the model's draws
     )
     optimizer = torch.optim.AdamW(
         parameter_groups(model),
@@ -134,96 +155,136 @@ def main(argv: list[str] | None = None):
     )
     steps_per_epoch = math.ceil(len(loader) / accelerator.num_processes / args.gradient_accumulation_steps)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    # a prepared schedule advances once per process and step
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=total_steps * accelerator.num_processes,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,  # a prepared schedule advances once per
+        num_training_steps=total_steps * accelerator.num_processes,  # process and step
     )
     model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
     if vae is not None:
         vae.to(accelerator.device)
-    history = LossHistory()
-    accelerator.register_for_checkpointing(history)
-    online = accelerator.unwrap_model(model)
-    pipe = DJEPAPipeline(online.target, token_scheduler_for(config.objective), vae)
-    pipe.set_progress_bar_config(disable=True)
-
-    step = 0
+    run = Run(args, sampling, accelerator, model, loader, optimizer, lr_scheduler, vae, total_steps, steps_per_epoch)
+    accelerator.register_for_checkpointing(run.history)
     if resume is not None:
-        folder, step = resume
+        folder, run.step = resume
         accelerator.load_state(folder)
-        accelerator.print(f"Resuming after step {step} from {folder}.")
+        accelerator.print(f"Resuming after step {run.step} from {folder}.")
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
     if args.report_to:
-        accelerator.init_trackers("djepa", config={**asdict(args), **asdict(data_args), **asdict(model_args)})
-    batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        accelerator.init_trackers("djepa", config=asdict(args) | asdict(data_args) | asdict(model_args))
     accelerator.print(
-        f"{len(data):,} images of {len(names)} classes; {online.djepa.num_parameters():,} parameters; "
-        f"{total_steps:,} steps of {batch} images on {accelerator.num_processes} x {accelerator.device.type}."
+        f"{len(data):,} images of {len(names)} classes, {run.online.djepa.num_parameters():,} parameters, "
+        f"{total_steps:,} steps on {accelerator.num_processes} x {accelerator.device.type}."
     )
+    return run
 
-    # 3. Train
-    progress = tqdm(total=total_steps, initial=step, desc="training", disable=not accelerator.is_main_process)
-    started, first_step = time.perf_counter(), step
-    epoch, done = divmod(step, steps_per_epoch)
-    model.train()
-    while step < total_steps:
-        loader.set_epoch(epoch)
-        batches = accelerator.skip_first_batches(loader, done * args.gradient_accumulation_steps) if done else loader
-        for batch_of_images in batches:
-            with accelerator.accumulate(model):
-                with torch.no_grad():
-                    sample = encode_images(batch_of_images["sample"], vae)
-                output = model(sample, batch_of_images["class_labels"])
-                if not torch.isfinite(output.loss):
-                    folder = save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
-                    raise FloatingPointError(
-                        f"The loss became {output.loss.item()} in step {step + 1}. The last good state, of step {step}, "
-                        f"is in {folder}. A lower learning rate or `mixed_precision` 'no' may help."
-                    )
-                set_weight_decay(optimizer, args.adam_weight_decay, step / total_steps)
-                accelerator.backward(output.loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
+
+def training_step(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """
+    Forward, backward and, at the end of an accumulation, an update of weights and moving average.
+
+    Raises:
+        FloatingPointError: if a loss is not finite. The state before this step is saved first.
+    """
+    args, accelerator = run.args, run.accelerator
+    with torch.no_grad():
+        sample = encode_images(batch["sample"], run.vae)
+    output = run.model(sample, batch["class_labels"])
+    # one loss that is not finite, on any process, makes the mean so
+    losses = accelerator.reduce(torch.stack([output.diffusion_loss, output.prediction_loss]).detach(), "mean").tolist()
+    if not all(map(math.isfinite, losses)):
+        folder = run.save()
+        raise FloatingPointError(
+            f"The losses became {losses} in step {run.step + 1}. The last good state, after step {run.step}, is in "
+            f"{folder}. A lower `learning_rate` or `mixed_precision` 'no' may help."
+        )
+    set_weight_decay(run.optimizer, args.adam_weight_decay, run.step / run.total_steps)
+    accelerator.backward(output.loss)
+    if accelerator.sync_gradients:
+        accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+    run.optimizer.step()
+    run.lr_scheduler.step()
+    run.optimizer.zero_grad()
+    if accelerator.sync_gradients:
+        run.step += 1
+        run.online.update_target(ema_decay(args.ema_decay, run.step))
+    return dict(zip(("diffusion_loss", "prediction_loss"), losses, strict=True))
+
+
+def train(run: Run):
+    """Steps until `total_steps`, with a progress bar, previews, checkpoints and trackers."""
+    args, accelerator, first_step = run.args, run.accelerator, run.step
+    images_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    progress = tqdm(total=run.total_steps, initial=run.step, desc="training", disable=not accelerator.is_main_process)
+    started = time.perf_counter()
+    epoch, done = divmod(run.step, run.steps_per_epoch)
+    run.model.train()
+    while run.step < run.total_steps:
+        run.loader.set_epoch(epoch)
+        skipped = done * args.gradient_accumulation_steps
+        for batch in accelerator.skip_first_batches(run.loader, skipped) if skipped else run.loader:
+            with accelerator.accumulate(run.model):
+                losses = training_step(run, batch)
             if not accelerator.sync_gradients:
                 continue
-            step += 1
-            online.update_target(ema_decay(args.ema_decay, step))
-
-            # 4. Show and save
-            losses = {"diffusion_loss": output.diffusion_loss.item(), "prediction_loss": output.prediction_loss.item()}
-            history.append(**losses)
+            run.history.append(**losses)
+            rate = (run.step - first_step) * images_per_step / (time.perf_counter() - started)
+            shown = {name: f"{value:.3f}" for name, value in losses.items()}
+            progress.set_postfix(shown | {"images/s": f"{rate:.0f}"}, refresh=False)
             progress.update()
-            rate = (step - first_step) * batch / (time.perf_counter() - started)
-            progress.set_postfix(
-                {**{name: f"{value:.3f}" for name, value in losses.items()}, "images/s": f"{rate:.0f}"}
-            )
-            if args.report_to and step % args.logging_steps == 0:
-                accelerator.log({**losses, "lr": lr_scheduler.get_last_lr()[0], "images_per_second": rate}, step=step)
-            if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
-                preview(pipe, sampling, args.seed, output_dir / "previews" / f"step-{step:06d}.png")
-            if args.checkpointing_steps and step % args.checkpointing_steps == 0:
-                save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
-            if step == total_steps:
+            if args.report_to and run.step % args.logging_steps == 0:
+                learning_rate = run.lr_scheduler.get_last_lr()[0]
+                accelerator.log({**losses, "lr": learning_rate, "images_per_second": rate}, step=run.step)
+            if args.validation_steps and run.step % args.validation_steps == 0:
+                preview(run, f"step-{run.step:06d}.png")
+            if args.checkpointing_steps and run.step % args.checkpointing_steps == 0:
+                run.save()
+            if run.step == run.total_steps:
                 break
         epoch, done = epoch + 1, 0
     progress.close()
 
-    # 5. Publish the moving average
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        pipe.save_pretrained(output_dir)
-        preview(pipe, sampling, args.seed, output_dir / "previews" / "final.png")
-        title = f"{config.objective}, {online.djepa.num_parameters() / 1e6:.1f}M parameters"
-        plot_losses(list(range(1, step + 1)), history.losses, output_dir / "loss.png", title)
-        print(f"The pipeline in {output_dir} holds the EMA weights of step {step}.")
-    accelerator.end_training()
+
+def preview(run: Run, name: str):
+    """A labelled grid of the first classes from the moving average, from the same noise every time."""
+    if not run.accelerator.is_main_process:
+        return
+    pipe = run.pipeline()
+    config = pipe.transformer.config
+    labels = list(range(min(PREVIEW_CLASSES, config.num_labels)))
+    options = run.sampling.call_options(config.num_tokens)
+    generator = torch.Generator().manual_seed(run.args.seed)
+    images = pipe(labels, num_images_per_label=PREVIEW_IMAGES, generator=generator, **options).images
+    rows = [(config.id2label[i], images[i * PREVIEW_IMAGES : (i + 1) * PREVIEW_IMAGES]) for i in labels]
+    folder = run.output_dir / "previews"
+    folder.mkdir(parents=True, exist_ok=True)
+    labelled_grid(rows).save(folder / name)
+
+
+def publish(run: Run):
+    """Writes the pipeline, with the moving average, a last preview and the loss curves."""
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        run.pipeline().save_pretrained(run.output_dir)
+        preview(run, "final.png")
+        parameters = run.online.djepa.num_parameters() / 1e6
+        title = f"{run.online.config.objective}, {parameters:.1f}M parameters"
+        losses = {name.replace("_", " "): values for name, values in run.history.state_dict().items()}
+        plot_losses(list(range(1, run.step + 1)), losses, run.output_dir / "loss.png", title)
+        (run.output_dir / "sampling.yaml").write_text(yaml.safe_dump(asdict(run.sampling), sort_keys=False))
+        print(f"The pipeline in {run.output_dir} holds the EMA weights after step {run.step}.")
+    run.accelerator.end_training()
+
+
+def main(argv: list[str] | None = None):
+    options = parse_arguments(
+        ModelArguments, DataArguments, TrainingArguments, SamplingArguments, argv=argv, description=__doc__
+    )
+    run = prepare(*options)
+    train(run)
+    publish(run)
 
 
 if __name__ == "__main__":

@@ -380,6 +380,7 @@ class DJEPAForPreTraining(DJEPAPreTrainedModel):
         # (`init.copy_` leaves loaded tensors alone).
         for target, online in zip(self.target.parameters(), self.djepa.parameters(), strict=True):
             init.copy_(target, online)
+        self.target.requires_grad_(False)  # loading replaces missing parameters by new ones, which would be trainable
 
     def train(self, mode: bool = True):
         super().train(mode)

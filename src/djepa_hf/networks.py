@@ -33,6 +33,14 @@ def eager_attention_forward(module, query, key, value, attention_mask=None, scal
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class HeadRMSNorm(nn.RMSNorm):
+    """RMSNorm of queries or keys, computed in float32 and returned in the precision that attention runs in."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normalized = F.rms_norm(hidden_states.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return normalized.to(hidden_states.dtype)
+
+
 class DJEPAAttention(nn.Module):
     """Multi-head self-attention over all tokens given, with optional RMSNorm on queries and keys."""
 
@@ -43,8 +51,8 @@ class DJEPAAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadRMSNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadRMSNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
