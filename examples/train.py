@@ -134,7 +134,7 @@ def prepare(
     channels = num_image_channels(data[0]["image"]) if vae is None else vae.config.in_channels
     model = DJEPAForPreTraining(model_config(model_args, names, data_args.resolution, channels, vae))
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
 
     data.set_transform(image_transform(data_args.resolution, channels, data_args.random_flip))
     loader = DataLoader(
