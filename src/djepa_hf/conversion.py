@@ -1,6 +1,7 @@
 """The authors' training files (`djepa_base.pth` and the like) to djepa_hf models."""
 
 import argparse
+import copy
 import os
 import pickle
 import re
@@ -64,7 +65,7 @@ def load_official_checkpoint(path: str | os.PathLike, config: DJEPAConfig | None
     for key in ("model", "model_ema"):
         if not isinstance(checkpoint, dict) or key not in checkpoint:
             raise ValueError(f"{path} is not an official D-JEPA checkpoint: it has no entry {key!r}.")
-    config = _preset_of(checkpoint, path) if config is None else config
+    config = _preset_of(checkpoint, path) if config is None else copy.deepcopy(config)
     online, ema = (_rename(checkpoint[key], config) for key in ("model", "model_ema"))
     head = {name: tensor for name, tensor in online.items() if name.startswith("prediction_head.")}
     if not head and config.prediction_loss_weight > 0:

@@ -170,10 +170,10 @@ class DJEPAPipeline(DiffusionPipeline):
         self.check_components()
         config = self.transformer.config
         num_tokens = config.num_tokens
-        if batch_size == 0:
-            raise ValueError("`class_labels` is empty: pass at least one class.")
         if num_images_per_label < 1:
             raise ValueError(f"`num_images_per_label` must be at least 1, got {num_images_per_label}.")
+        if batch_size == 0:
+            raise ValueError("`class_labels` is empty: pass at least one class.")
         if not 1 <= num_inference_steps <= num_tokens:
             raise ValueError(
                 f"`num_inference_steps` must lie in 1..{num_tokens}, because this model has {num_tokens} tokens and "
@@ -374,9 +374,10 @@ class DJEPAPipeline(DiffusionPipeline):
             ValueError: for an argument that cannot be right, before any work.
         """
         # 1. Check inputs
-        labels = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        ids = self.get_label_ids(class_labels)
+        batch_size = len(ids) * num_images_per_label
         self.check_inputs(
-            len(labels),
+            batch_size,
             num_inference_steps,
             num_denoising_steps,
             guidance_scale,
@@ -399,9 +400,9 @@ class DJEPAPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_denoising_steps, device=device)
 
         # 3. Prepare labels, noise and order
-        labels = torch.tensor(labels, device=device)
-        order = self.prepare_token_order(len(labels), generator, token_order)
-        latents = self.prepare_latents(len(labels), generator, latents)
+        labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)
+        order = self.prepare_token_order(batch_size, generator, token_order)
+        latents = self.prepare_latents(batch_size, generator, latents)
         if hasattr(scheduler, "scale_initial_noise"):
             latents = scheduler.scale_initial_noise(latents, temperature)
         else:

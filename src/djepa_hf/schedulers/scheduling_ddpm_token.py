@@ -58,6 +58,9 @@ class DDPMTokenScheduler(SchedulerMixin, ConfigMixin):
         for name, value in only.items():
             if getattr(self.config, name) != value:
                 raise ValueError(f"`{name}` must be {value!r}, got {getattr(self.config, name)!r}.")
+        # diffusers drops what it believes to be a default when another class takes the configuration over: without this
+        # line, its schedulers would run on their own linear schedule.
+        self.register_to_config(_use_default_values=[])
         steps = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu") / num_train_timesteps
         alpha_bar = torch.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)

@@ -33,6 +33,7 @@ class FlowMatchTokenScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`shift` must be positive, got {shift}.")
         if prediction_type != "flow_matching":
             raise ValueError(f"`prediction_type` must be 'flow_matching', got {prediction_type!r}.")
+        self.register_to_config(_use_default_values=[])  # see DDPMTokenScheduler
         self.set_timesteps(50)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None):
