@@ -1,0 +1,127 @@
+"""What runs on top of a trained pipeline: generation, evaluation, and the metrics and pictures they make."""
+
+import json
+
+import evaluate_digits
+import generate
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_pipeline
+from PIL import Image
+from scipy import linalg
+
+from djepa_hf import DJEPAPipeline
+from djepa_hf.metrics import DigitJudge, class_agreement, frechet_distance
+from djepa_hf.visualization import labelled_grid, plot_losses
+
+SAMPLING = ["--num_inference_steps", "2", "--num_denoising_steps", "2"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def pictures(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*_*.png")}
+
+
+def test_generate_writes_images_and_a_grid(folder, tmp_path):
+    argv = ["--pipeline", folder, "--labels", "goldfish", "3", "--num_images_per_label", "2", *SAMPLING]
+    argv = [str(part) for part in argv]
+    generate.main([*argv, "--output_dir", str(tmp_path / "a")])
+    names = ["000_goldfish_000.png", "000_goldfish_001.png", "001_hen_000.png", "001_hen_001.png"]
+    assert sorted(pictures(tmp_path / "a")) == names
+    with Image.open(tmp_path / "a" / "grid.png") as grid:
+        assert grid.width > 2 * 48
+        assert grid.height > 2 * 48
+    # the same images whatever the batch size, others from another seed
+    generate.main([*argv, "--output_dir", str(tmp_path / "b"), "--batch_size", "3"])
+    levels = [np.asarray(Image.open(tmp_path / part / names[3])).astype(int) for part in ("a", "b")]
+    assert abs(levels[0] - levels[1]).max() <= 1
+    generate.main([*argv, "--output_dir", str(tmp_path / "c"), "--seed", "1"])
+    assert pictures(tmp_path / "a") != pictures(tmp_path / "c")
+
+
+def test_generate_refuses_an_unknown_class(folder, tmp_path):
+    argv = ["--pipeline", str(folder), "--output_dir", str(tmp_path / "out"), "--labels"]
+    with pytest.raises(ValueError, match="The closest names are: goldfish"):
+        generate.main([*argv, "goldfisch"])
+    with pytest.raises(ValueError, match="Class id 12 is out of range"):
+        generate.main([*argv, "12"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return DigitJudge(*evaluate_digits.real_digits("train"))
+
+
+def test_judge_reads_real_digits_it_never_saw(judge):
+    images, labels = evaluate_digits.real_digits("test")
+    assert class_agreement(judge, images, labels) > 0.95
+    assert class_agreement(judge, images, (labels + 1) % 10) < 0.05
+
+
+def test_distance_is_that_of_gaussians_in_the_judges_features(judge):
+    train, test = (evaluate_digits.real_digits(split)[0] for split in ("train", "test"))
+    first, second = (judge(images).double().numpy() for images in (train, test))
+    root = linalg.sqrtm(np.cov(first.T) @ np.cov(second.T)).real
+    expected = ((first.mean(0) - second.mean(0)) ** 2).sum()
+    expected += np.trace(np.cov(first.T) + np.cov(second.T) - 2 * root)
+    assert frechet_distance(judge, train, test) == pytest.approx(expected, rel=1e-3)
+    assert frechet_distance(judge, test, test) == pytest.approx(0, abs=1e-3)
+    assert frechet_distance(judge, 1 - train, test) > 20 * expected
+
+
+def test_evaluation_measures_and_shows(tmp_path, capsys):
+    id2label = {i: str(i) for i in range(10)}
+    tiny_pipeline(id2label=id2label).save_pretrained(tmp_path)
+    evaluate_digits.main(["--pipeline", str(tmp_path), "--num_images", "100", *SAMPLING])
+    results = json.loads((tmp_path / "metrics.json").read_text())
+    assert results["class_agreement"] < 0.5  # random weights
+    assert results["ratio"] > 10
+    assert results["judge_accuracy_on_held_out_digits"] > 0.95
+    assert results["sampling"]["num_inference_steps"] == 2
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.width > 10 * 48
+        assert grid.height > 10 * 48
+    assert "Class agreement" in capsys.readouterr().out
+
+
+def test_grid_keeps_every_pixel():
+    images = [Image.new("L", (8, 8), value) for value in (0, 90, 180)]
+    grid = labelled_grid([("one", images[:2]), ("two", images[2:])])
+    colours = {colour: count for count, colour in grid.getcolors(100000)}
+    assert colours[(90, 90, 90)] == 48 * 48
+    assert colours[(180, 180, 180)] == 48 * 48
+    assert colours[(0, 0, 0)] >= 48 * 48  # and the letters
+
+
+def test_loss_plot_is_written(tmp_path):
+    plot_losses([1, 2, 3], {"a": [3.0, 2.0, 1.0], "b": [0.0, 0.0, 0.0]}, tmp_path / "loss.png", "title")
+    with Image.open(tmp_path / "loss.png") as plot:
+        assert plot.width > 600
+
+
+def test_sampling_options_go_from_training_to_generation(folder, tmp_path):
+    options = {"num_inference_steps": 3, "num_denoising_steps": 1, "guidance_schedule": "constant"}
+    (tmp_path / "sampling.yaml").write_text(yaml.safe_dump(options))
+    argv = [
+        "--pipeline",
+        folder,
+        "--config",
+        tmp_path / "sampling.yaml",
+        "--labels",
+        "0",
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    generate.main([str(part) for part in argv])
+    pipe = DJEPAPipeline.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(generate.image_seed(0, 0, 0))
+    image = pipe(0, generator=generator, temperature=0.98, guidance_scale=3.0, **options).images[0]
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "o" / "000_tench_000.png")))

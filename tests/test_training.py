@@ -1,0 +1,161 @@
+"""The training script, run for real on the digits and on a folder of images."""
+
+import json
+import math
+
+import pytest
+import torch
+import train
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import tiny_vae
+from PIL import Image
+from safetensors.torch import load_file
+
+from djepa_hf import DJEPAForPreTraining, DJEPAPipeline
+from djepa_hf.checkpoints import find_checkpoint
+
+TINY = {
+    "patch_size": 2,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_buffer_tokens": 2,
+    "denoiser_hidden_size": 32,
+    "denoiser_num_hidden_layers": 1,
+    "objective": "flow_matching",
+    "num_inference_steps": 2,
+    "num_denoising_steps": 2,
+    "train_batch_size": 32,
+    "lr_warmup_steps": 2,
+}
+DIGITS = {**TINY, "dataset_name": "digits", "resolution": 8, "random_flip": False}
+
+
+def run(output_dir, **options):
+    for state in (AcceleratorState, GradientState, PartialState):  # a fresh process would start like this
+        state._reset_state()
+    options = {**options, "output_dir": output_dir}
+    train.main([str(part) for name, value in options.items() for part in (f"--{name}", value)])
+    return output_dir
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """45 steps are a little more than one epoch of the 1,347 training digits."""
+    options = {"max_train_steps": 45, "learning_rate": 2e-3, "checkpointing_steps": 15, "validation_steps": 30}
+    return run(tmp_path_factory.mktemp("digits"), **DIGITS, **options, hidden_dropout_prob=0.1, report_to="tensorboard")
+
+
+def test_the_result_is_a_pipeline_with_the_ema_weights(digits_run):
+    pipe = DJEPAPipeline.from_pretrained(digits_run)
+    checkpoint = load_file(digits_run / "checkpoint-45" / "model.safetensors")
+    for name, tensor in pipe.transformer.state_dict().items():
+        assert torch.equal(tensor, checkpoint[f"target.{name}"])
+    assert not torch.equal(checkpoint["target.predictor.mask_token"], checkpoint["djepa.predictor.mask_token"])
+    assert pipe.transformer.config.id2label[7] == "7"
+    options = yaml.safe_load((digits_run / "sampling.yaml").read_text())
+    assert options["num_inference_steps"] == 2
+    image = pipe("7", **options).images[0]
+    assert (image.size, image.mode) == ((8, 8), "L")
+
+
+def test_there_is_something_to_see(digits_run):
+    for name in ("loss.png", "previews/step-000030.png", "previews/final.png"):
+        with Image.open(digits_run / name) as picture:
+            assert min(picture.size) > 300
+            assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 10
+    assert list((digits_run / "logs").rglob("events.out.tfevents*"))
+    index = json.loads((digits_run / "model_index.json").read_text())
+    assert index["vae"] == [None, None]
+
+
+def test_training_learns_and_the_average_moves(digits_run):
+    history = torch.load(digits_run / "checkpoint-45" / "custom_checkpoint_0.pkl", weights_only=True)
+    for losses in history.values():
+        assert len(losses) == 45
+        assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    early, late = (load_file(digits_run / f"checkpoint-{step}" / "model.safetensors") for step in (15, 45))
+    moved = {name for name in late if not torch.equal(early[name], late[name])}
+    assert {name.split(".")[0] for name in moved} == {"djepa", "target", "prediction_head"}
+
+
+def test_resuming_continues_as_if_nothing_had_happened(digits_run, tmp_path):
+    options = {"max_train_steps": 45, "learning_rate": 2e-3, "hidden_dropout_prob": 0.1}
+    resumed = run(tmp_path / "resumed", **DIGITS, **options, resume_from_checkpoint=digits_run / "checkpoint-30")
+    expected = load_file(digits_run / "transformer" / "model.safetensors")
+    for name, tensor in load_file(resumed / "transformer" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_checkpoints_are_found_and_limited(tmp_path):
+    options = {"max_train_steps": 6, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
+    run(tmp_path, **DIGITS, **options)
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert find_checkpoint(tmp_path, "latest") == (tmp_path / "checkpoint-6", 6)
+    assert find_checkpoint(tmp_path, "checkpoint-4") == (tmp_path / "checkpoint-4", 4)
+    with pytest.raises(ValueError, match="no checkpoint 'checkpoint-5'"):
+        find_checkpoint(tmp_path, "checkpoint-5")
+    with pytest.raises(ValueError, match=r"'latest', but .* holds no checkpoint"):
+        run(tmp_path / "empty", **DIGITS, resume_from_checkpoint="latest")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    options = {"max_train_steps": 9, "learning_rate": 1e25, "lr_warmup_steps": 3}
+    with pytest.raises(FloatingPointError, match=r"in step \d+\. The last good state, after step \d+, is in"):
+        run(tmp_path, **{**DIGITS, **options})
+    folder, step = find_checkpoint(tmp_path, "latest")
+    assert 0 < step < 9
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "model.safetensors").values())
+    assert not (tmp_path / "model_index.json").exists()
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("red", "blue"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = torch.randint(256, (20, 24, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / "pictures" / name / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_pictures_of_ones_own_in_the_latents_of_a_vae(picture_folder, tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    options = {
+        **TINY,
+        "train_data_dir": picture_folder,
+        "resolution": 8,
+        "patch_size": 1,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": True,
+        "objective": "diffusion",
+        "pretrained_vae_model_name_or_path": tmp_path / "vae",
+    }
+    pipe = DJEPAPipeline.from_pretrained(run(tmp_path / "out", **options))
+    assert pipe.transformer.config.sample_size == 4
+    assert pipe.transformer.config.num_channels == 4
+    assert pipe.transformer.dtype == torch.float32
+    image = pipe("red", num_inference_steps=2, num_denoising_steps=2).images[0]
+    assert (image.size, image.mode) == ((8, 8), "RGB")
+    with pytest.raises(ValueError, match="`resolution` 9 must be divisible by the VAE's stride 2"):
+        run(tmp_path / "odd", **{**options, "resolution": 9})
+
+
+def test_epochs_count_accumulated_steps(picture_folder, tmp_path):
+    options = {"train_data_dir": picture_folder, "resolution": 8, "train_batch_size": 2, "num_train_epochs": 2}
+    accumulated = {"gradient_accumulation_steps": 2, "checkpointing_steps": 1}
+    run(tmp_path, **{**TINY, **options, **accumulated})
+    assert find_checkpoint(tmp_path, "latest")[1] == 2 * math.ceil(5 / 2)
+
+
+def test_a_training_checkpoint_goes_on_as_a_model(digits_run, tmp_path):
+    model = DJEPAForPreTraining(DJEPAPipeline.from_pretrained(digits_run).transformer.config)
+    model.load_state_dict(load_file(digits_run / "checkpoint-45" / "model.safetensors"))
+    model.save_pretrained(tmp_path)
+    reloaded = DJEPAForPreTraining.from_pretrained(tmp_path)
+    assert torch.equal(reloaded.target.predictor.mask_token, model.target.predictor.mask_token)
