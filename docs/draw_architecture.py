@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw docs/architecture.png: D-JEPA in training, and the order in which sampling reveals tokens.
 
-    python docs/draw_architecture.py
+python docs/draw_architecture.py
 """
 
 from pathlib import Path

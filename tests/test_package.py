@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import tiny_pipeline
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,3 +23,15 @@ def test_import_is_light():
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
 def test_readme_links_lead_somewhere(path):
     assert (ROOT / path).exists()
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    generate, swap_scheduler, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline(id2label={i: str(i) for i in range(10)}).save_pretrained("outputs/digits")
+    names = {}
+    exec(generate, names)
+    assert Image.open("seven.png").size == (128, 128)
+    names["pipe"] = tiny_pipeline(objective="diffusion")
+    exec(swap_scheduler, names)
+    assert names["pipe"](0, num_inference_steps=2, num_denoising_steps=2).images

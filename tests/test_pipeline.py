@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import generators, relative_error, tiny_model, tiny_pipeline, tiny_vae
 from diffusers import (
@@ -382,6 +383,16 @@ def test_every_entry_to_the_model_fires_its_offload_hook():
     features = model.predict(model.encode(tokens, visible=visible), visible=visible)
     model.denoise(tokens[0], torch.rand(16), features[0])
     assert hook.calls == 3
+
+
+def test_sequential_offload_brings_every_weight_in_time():
+    pipe = tiny_pipeline()
+    inputs = {"latents": torch.randn(1, 16, 4), "token_order": torch.arange(16)[None], **FAST}
+    expected = pipe(0, **inputs).images
+    # the CPU stands in for the accelerator: weights lie on no device but during the forward that needs them
+    cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {"meta"}
+    assert torch.equal(pipe(0, **inputs).images, expected)
 
 
 # --- saving and loading

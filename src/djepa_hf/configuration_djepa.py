@@ -164,7 +164,7 @@ class DJEPAConfig(PreTrainedConfig):
             if getattr(self, f"predictor_{name}") is None:
                 setattr(self, f"predictor_{name}", getattr(self, name))
         super().__post_init__(**kwargs)
-        if self.id2label is not None:
+        if self.label2id is None:
             self.label2id = {name: i for i, name in self.id2label.items()}
         self.validate_sizes()
 
