@@ -169,6 +169,8 @@ def test_draws_share_features_and_are_independent():
     noisy, timesteps, features = torch.randn(12, 4), torch.rand(12), torch.randn(4, 32)
     together = model.djepa.denoise(noisy, timesteps, features)
     torch.testing.assert_close(together, model.djepa.denoise(noisy, timesteps, features.repeat(3, 1)))
+    with pytest.raises(ValueError, match=r"a divisor of them \(12\), got 5"):
+        model.djepa.denoise(noisy, timesteps, torch.randn(5, 32))
     seen = []
     handle = model.djepa.denoiser.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     model(torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), mask=half_masked())
@@ -333,10 +335,12 @@ def test_missing_weights_are_initialized(tmp_path):
         assert torch.equal(state[name], weights[name])
 
 
-def test_pretraining_from_a_published_model_starts_with_equal_copies(tmp_path):
+def test_pretraining_from_a_published_model_starts_with_equal_copies(tmp_path, caplog):
     published = tiny_model()
     published.save_pretrained(tmp_path)
-    model = DJEPAForPreTraining.from_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        model = DJEPAForPreTraining.from_pretrained(tmp_path)
+    assert "`target` starts as a copy of the online weights" in caplog.text
     for name, tensor in published.state_dict().items():
         assert torch.equal(model.djepa.state_dict()[name], tensor)
         assert torch.equal(model.target.state_dict()[name], tensor)
@@ -346,13 +350,17 @@ def test_pretraining_from_a_published_model_starts_with_equal_copies(tmp_path):
 def test_model_from_a_training_checkpoint_takes_the_ema_weights_and_says_so(tmp_path, caplog):
     training = tiny_pretraining()
     training.save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        model, info = DJEPAModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert "taking its EMA weights" in caplog.text
-    assert not info["missing_keys"]
-    for name, tensor in training.target.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    for load in (DJEPAModel.from_pretrained, AutoModel.from_pretrained):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            model, info = load(tmp_path, output_loading_info=True)
+        assert "taking its EMA weights" in caplog.text
+        assert "starts as a copy" not in caplog.text
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        for name, tensor in training.target.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor)
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 # --- what the transformers library may ask for

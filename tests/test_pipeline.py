@@ -228,6 +228,7 @@ def test_images_of_a_label_are_neighbours():
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be finite and not negative, got nan"),
         ({"temperature": -0.5}, "`temperature` must be finite and not negative, got -0.5"),
         ({"generator": generators(0, 1, 2)}, r"one per image \(2\), got a list of 3"),
+        ({"generator": 7}, "`generator` must be a torch.Generator or a list of them, got 7"),
         ({"latents": torch.zeros(2, 16, 3)}, r"`latents` must have shape \(2, 16, 4\), got \(2, 16, 3\)"),
         ({"token_order": torch.zeros(1, 16)}, r"`token_order` must have shape \(2, 16\), got \(1, 16\)"),
         ({"token_order": torch.zeros(2, 16).long()}, r"must be a permutation of 0..15"),

@@ -191,6 +191,7 @@ def test_configuration_round_trip(tmp_path, scheduler):
 @pytest.mark.parametrize("other", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_diffusers_schedulers_take_over_the_noise_path(other):
     ours, theirs = DDPMTokenScheduler(), other.from_config(DDPMTokenScheduler().config)
+    assert other in ours.compatibles
     assert theirs.config.prediction_type == "epsilon"
     assert not theirs.config.get("clip_sample")
     signal = ours.add_noise(torch.ones(1000, 1), torch.zeros(1000, 1), torch.arange(1000)).flatten()

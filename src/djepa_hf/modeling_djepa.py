@@ -42,6 +42,9 @@ from .schedulers import token_scheduler_for
 
 logger = logging.get_logger(__name__)
 
+# the arguments of `from_pretrained` that say where its files are
+_WHERE_FILES_ARE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 
 @dataclass
 class DJEPAModelOutput(ModelOutput):
@@ -91,6 +94,11 @@ class DJEPAForPreTrainingOutput(ModelOutput):
     prediction_loss: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def _is_loaded(parameter: torch.Tensor) -> bool:
+    """Whether `from_pretrained` found a tensor in a file; its own mark, which also keeps it from initializing it."""
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 class DJEPAPreTrainedModel(PreTrainedModel):
@@ -281,12 +289,18 @@ class DJEPAModel(DJEPAPreTrainedModel):
         Returns:
             `torch.Tensor`: noise and raw variance `(M, 2C)` for the diffusion objective, velocity `(M, C)` for flow
             matching.
+
+        Raises:
+            ValueError: if the numbers of rows do not fit.
         """
         dtype = self.denoiser.input_projection.weight.dtype
-        condition = self.denoiser.condition_projection(conditioning.to(dtype))
-        draws = len(noisy_tokens) // len(condition)
-        if draws > 1:
-            condition = condition.repeat(draws, 1)
+        draws, rest = divmod(len(noisy_tokens), len(conditioning))
+        if rest:
+            raise ValueError(
+                f"`conditioning` must have as many rows as `noisy_tokens` or a divisor of them ({len(noisy_tokens)}), "
+                f"got {len(conditioning)}."
+            )
+        condition = self.denoiser.condition_projection(conditioning.to(dtype)).repeat(draws, 1)
         return self.denoiser(noisy_tokens.to(dtype), self.denoiser.time_embedding(timesteps) + condition)
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -318,18 +332,24 @@ class DJEPAModel(DJEPAPreTrainedModel):
         A checkpoint of [`DJEPAForPreTraining`] holds two copies of this model. The EMA copy, which is the one to sample
         from, is taken, and the log says so.
         """
-        model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model_only, info = model if isinstance(model, tuple) else (model, None)
-        if "DJEPAForPreTraining" not in (model_only.config.architectures or []):
-            return model
+        config = kwargs.get("config")
+        if isinstance(config, DJEPAConfig):
+            architectures = config.architectures
+        else:
+            where = {name: kwargs[name] for name in _WHERE_FILES_ARE if name in kwargs}
+            architectures = cls.config_class.get_config_dict(config or pretrained_model_name_or_path, **where)[0].get(
+                "architectures"
+            )
+        if "DJEPAForPreTraining" not in (architectures or []):
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         logger.warning(
             f"{pretrained_model_name_or_path} is a training checkpoint: taking its EMA weights (`target`), not the "
             "online ones (`djepa`)."
         )
-        kwargs["output_loading_info"] = False
-        target = DJEPAForPreTraining.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs).target
-        target.requires_grad_(True)
-        return target if info is None else (target, info)
+        training = DJEPAForPreTraining.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        training, *info = training if isinstance(training, tuple) else (training,)
+        target = training.target.requires_grad_(True)
+        return (target, *info) if info else target
 
     def _check_tokens(self, tokens: torch.Tensor):
         shape = (self.config.num_tokens, self.config.token_size)
@@ -378,7 +398,10 @@ class DJEPAForPreTraining(DJEPAPreTrainedModel):
         super().initialize_weights()
         # Runs after construction and after loading: what no file gave the target, it takes from the online model
         # (`init.copy_` leaves loaded tensors alone).
-        for target, online in zip(self.target.parameters(), self.djepa.parameters(), strict=True):
+        pairs = list(zip(self.target.parameters(), self.djepa.parameters(), strict=True))
+        if any(_is_loaded(online) and not _is_loaded(target) for target, online in pairs):
+            logger.warning("There were no EMA weights, or not all: `target` starts as a copy of the online weights.")
+        for target, online in pairs:
             init.copy_(target, online)
         self.target.requires_grad_(False)  # loading replaces missing parameters by new ones, which would be trainable
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -187,6 +188,9 @@ class DJEPAPipeline(DiffusionPipeline):
             raise ValueError(f"`guidance_scale` must be finite and not negative, got {guidance_scale}.")
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"`temperature` must be finite and not negative, got {temperature}.")
+        given = generator if isinstance(generator, list) else [generator] if generator is not None else []
+        if any(not isinstance(one, torch.Generator) for one in given):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
         if isinstance(generator, list) and len(generator) not in (1, batch_size):
             raise ValueError(
                 f"`generator` must be one generator or one per image ({batch_size}), got a list of {len(generator)}."
@@ -373,6 +377,9 @@ class DJEPAPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an argument that cannot be right, before any work.
         """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
         # 1. Check inputs
         ids = self.get_label_ids(class_labels)
         batch_size = len(ids) * num_images_per_label
