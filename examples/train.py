@@ -153,7 +153,8 @@ def prepare(
         weight_decay=args.adam_weight_decay,
         fused=True,
     )
-    steps_per_epoch = math.ceil(len(loader) / accelerator.num_processes / args.gradient_accumulation_steps)
+    loader = accelerator.prepare(loader)  # first: its length is now this process's share
+    steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -161,7 +162,7 @@ def prepare(
         num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,  # a prepared schedule advances once per
         num_training_steps=total_steps * accelerator.num_processes,  # process and step
     )
-    model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     if vae is not None:
         vae.to(accelerator.device)
     run = Run(args, sampling, accelerator, model, loader, optimizer, lr_scheduler, vae, total_steps, steps_per_epoch)

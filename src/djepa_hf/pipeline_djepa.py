@@ -349,8 +349,8 @@ class DJEPAPipeline(DiffusionPipeline):
             guidance_schedule (`"linear"` or `"constant"`, *optional*, defaults to `"linear"`):
                 Linear guidance grows from 1 to `guidance_scale` with the share of generated tokens.
             temperature (`float`, *optional*, defaults to 0.98):
-                Factor on the noise that each DDPM step adds, or on the initial noise of flow matching. Deterministic
-                schedulers of diffusers know no temperature.
+                Factor on the noise that each DDPM step adds, or on the initial noise of flow matching (also where
+                `latents` are given). diffusers' own schedulers know no temperature.
             num_images_per_label (`int`, *optional*, defaults to 1):
                 Images per entry of `class_labels`, next to each other in the result.
             generator (`torch.Generator` or list of them, *optional*):
