@@ -23,8 +23,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		examples/train.py --config examples/configs/$(CONFIG).yaml --output_dir $(OUTPUT)
+	$(BIN)/python examples/train.py --config examples/configs/$(CONFIG).yaml --output_dir $(OUTPUT)
 	$(BIN)/python examples/evaluate_digits.py --pipeline $(OUTPUT) --config $(OUTPUT)/sampling.yaml
 
 test: $(READY)
