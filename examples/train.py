@@ -79,7 +79,8 @@ class Run:
         return self.accelerator.unwrap_model(self.model)
 
     def save(self) -> Path:
-        return save_checkpoint(self.accelerator, self.output_dir, self.step, self.args.checkpoints_total_limit)
+        limit = self.args.checkpoints_total_limit
+        return save_checkpoint(self.accelerator, self.output_dir, self.step, self.online.config, limit)
 
     def pipeline(self) -> DJEPAPipeline:
         """A pipeline over the moving average as it is now."""
@@ -131,7 +132,7 @@ def prepare(
     )
     names = data.features["label"].names
     vae = load_vae(data_args.pretrained_vae_model_name_or_path) if data_args.pretrained_vae_model_name_or_path else None
-    channels = num_image_channels(data[0]["image"]) if vae is None else vae.config.in_channels
+    channels = num_image_channels(data) if vae is None else vae.config.in_channels
     model = DJEPAForPreTraining(model_config(model_args, names, data_args.resolution, channels, vae))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -187,7 +188,7 @@ def training_step(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     Forward, backward and, at the end of an accumulation, an update of weights and moving average.
 
     Raises:
-        FloatingPointError: if a loss is not finite. The state before this step is saved first.
+        FloatingPointError: if a loss or gradient is not finite. The state before this step is saved first.
     """
     args, accelerator = run.args, run.accelerator
     with torch.no_grad():
@@ -196,15 +197,13 @@ def training_step(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     # one loss that is not finite, on any process, makes the mean so
     losses = accelerator.reduce(torch.stack([output.diffusion_loss, output.prediction_loss]).detach(), "mean").tolist()
     if not all(map(math.isfinite, losses)):
-        folder = run.save()
-        raise FloatingPointError(
-            f"The losses became {losses} in step {run.step + 1}. The last good state, after step {run.step}, is in "
-            f"{folder}. A lower `learning_rate` or `mixed_precision` 'no' may help."
-        )
+        stop_at_last_good_state(run, f"The losses became {losses}")
     set_weight_decay(run.optimizer, args.adam_weight_decay, run.step / run.total_steps)
     accelerator.backward(output.loss)
     if accelerator.sync_gradients:
-        accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+        if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler lowers its scale and skips the step
+            stop_at_last_good_state(run, f"The gradient's norm became {norm.item()}")
     run.optimizer.step()
     run.lr_scheduler.step()
     run.optimizer.zero_grad()
@@ -212,6 +211,15 @@ def training_step(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         run.step += 1
         run.online.update_target(ema_decay(args.ema_decay, run.step))
     return dict(zip(("diffusion_loss", "prediction_loss"), losses, strict=True))
+
+
+def stop_at_last_good_state(run: Run, problem: str):
+    """Saves the state, which the failed step has not touched, and raises."""
+    folder = run.save()
+    raise FloatingPointError(
+        f"{problem} in step {run.step + 1}. The last good state, after step {run.step}, is in {folder}. A lower "
+        "`learning_rate` or `mixed_precision` 'no' may help."
+    )
 
 
 def train(run: Run):
@@ -222,14 +230,19 @@ def train(run: Run):
     started = time.perf_counter()
     epoch, done = divmod(run.step, run.steps_per_epoch)
     run.model.train()
+    losses_of_step = []
     while run.step < run.total_steps:
         run.loader.set_epoch(epoch)
         skipped = done * args.gradient_accumulation_steps
         for batch in accelerator.skip_first_batches(run.loader, skipped) if skipped else run.loader:
             with accelerator.accumulate(run.model):
-                losses = training_step(run, batch)
+                losses_of_step.append(training_step(run, batch))
             if not accelerator.sync_gradients:
                 continue
+            losses = {
+                name: sum(part[name] for part in losses_of_step) / len(losses_of_step) for name in losses_of_step[0]
+            }
+            losses_of_step.clear()
             run.history.append(**losses)
             rate = (run.step - first_step) * images_per_step / (time.perf_counter() - started)
             shown = {name: f"{value:.3f}" for name, value in losses.items()}
@@ -279,11 +292,15 @@ def publish(run: Run):
     run.accelerator.end_training()
 
 
+def parse_options(
+    argv: list[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, TrainingArguments, SamplingArguments]:
+    kinds = (ModelArguments, DataArguments, TrainingArguments, SamplingArguments)
+    return parse_arguments(*kinds, argv=argv, description=__doc__)
+
+
 def main(argv: list[str] | None = None):
-    options = parse_arguments(
-        ModelArguments, DataArguments, TrainingArguments, SamplingArguments, argv=argv, description=__doc__
-    )
-    run = prepare(*options)
+    run = prepare(*parse_options(argv))
     train(run)
     publish(run)
 

@@ -7,7 +7,14 @@ import torch
 from conftest import tiny_vae
 from PIL import Image
 
-from djepa_hf.data import center_crop, image_transform, load_digits, load_image_folder, load_training_data
+from djepa_hf.data import (
+    center_crop,
+    image_transform,
+    load_digits,
+    load_image_folder,
+    load_training_data,
+    num_image_channels,
+)
 from djepa_hf.latents import decode_samples, encode_images
 
 
@@ -56,6 +63,7 @@ def test_a_folder_becomes_a_data_set(folder):
         (lambda root: (root / "notes.txt").touch(), r"notes.txt lies beside the class folders"),
         (lambda root: picture().save(root / "loose.png"), r"loose.png lies beside the class folders"),
         (lambda root: (root / "dog" / "labels.csv").touch(), r"dog/labels.csv is not an image"),
+        (lambda root: (root / "dog" / "scan.pdf").touch(), r"dog/scan.pdf is not an image"),
         (lambda root: (root / "dog" / "more").mkdir(), r"dog/more is not an image"),
         (lambda root: (root / "eel").mkdir(), r"eel is empty: every class needs images"),
     ],
@@ -79,6 +87,19 @@ def save_parquet(path, labels, feature):
     path.mkdir()
     datasets.Dataset.from_dict(columns, features=features).to_parquet(path / "train.parquet")
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        (["a", None], datasets.Value("string"), "has rows without a class"),
+        ([-1, 1], datasets.ClassLabel(names=["a", "b"]), "has rows of class -1, unlabelled"),
+    ],
+)
+def test_rows_without_a_class_are_refused(tmp_path, labels, feature, message):
+    name = save_parquet(tmp_path / "data", labels, feature)
+    with pytest.raises(ValueError, match=message):
+        load_training_data(name, image_column="picture", label_column="kind")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +132,15 @@ def test_wrong_columns_are_refused(tmp_path):
     name = save_parquet(tmp_path / "negative", [-1, 1], datasets.Value("int64"))
     with pytest.raises(ValueError, match=r"negative class ids \(-1\)"):
         load_training_data(name, image_column="picture", label_column="kind")
+
+
+def test_one_coloured_picture_makes_a_data_set_coloured(folder):
+    assert num_image_channels(load_image_folder(folder)) == 3
+    for path in folder.glob("*/*.png"):
+        picture(mode="L").save(path)
+    assert num_image_channels(load_image_folder(folder)) == 1
+    picture().save(folder / "dog" / "1.png")
+    assert num_image_channels(load_image_folder(folder)) == 3
 
 
 def test_exactly_one_source(folder):

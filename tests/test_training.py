@@ -1,6 +1,7 @@
 """The training script, run for real on the digits and on a folder of images."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from conftest import tiny_vae
 from PIL import Image
 from safetensors.torch import load_file
 
-from djepa_hf import DJEPAForPreTraining, DJEPAPipeline
+from djepa_hf import DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
 from djepa_hf.checkpoints import find_checkpoint
 
 TINY = {
@@ -32,11 +33,15 @@ TINY = {
 DIGITS = {**TINY, "dataset_name": "digits", "resolution": 8, "random_flip": False}
 
 
-def run(output_dir, **options):
+def command_line(output_dir, **options):
     for state in (AcceleratorState, GradientState, PartialState):  # a fresh process would start like this
         state._reset_state()
     options = {**options, "output_dir": output_dir}
-    train.main([str(part) for name, value in options.items() for part in (f"--{name}", value)])
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def run(output_dir, **options):
+    train.main(command_line(output_dir, **options))
     return output_dir
 
 
@@ -153,9 +158,23 @@ def test_epochs_count_accumulated_steps(picture_folder, tmp_path):
     assert find_checkpoint(tmp_path, "latest")[1] == 2 * math.ceil(5 / 2)
 
 
-def test_a_training_checkpoint_goes_on_as_a_model(digits_run, tmp_path):
-    model = DJEPAForPreTraining(DJEPAPipeline.from_pretrained(digits_run).transformer.config)
-    model.load_state_dict(load_file(digits_run / "checkpoint-45" / "model.safetensors"))
-    model.save_pretrained(tmp_path)
-    reloaded = DJEPAForPreTraining.from_pretrained(tmp_path)
-    assert torch.equal(reloaded.target.predictor.mask_token, model.target.predictor.mask_token)
+def test_a_training_checkpoint_is_a_model_folder_too(digits_run, caplog):
+    folder = digits_run / "checkpoint-45"
+    weights = load_file(folder / "model.safetensors")
+    training = DJEPAForPreTraining.from_pretrained(folder)
+    for name, tensor in training.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    with caplog.at_level(logging.WARNING):
+        model = DJEPAModel.from_pretrained(folder, config=training.config)
+    assert "taking its EMA weights" in caplog.text
+    assert torch.equal(model.predictor.mask_token, weights["target.predictor.mask_token"])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(tmp_path):
+    state = train.prepare(*train.parse_options(command_line(tmp_path, **DIGITS, max_train_steps=5)))
+    state.online.djepa.denoiser.output_projection.weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(FloatingPointError, match="The gradient's norm became nan in step 1"):
+        train.train(state)
+    folder, step = find_checkpoint(tmp_path, "latest")
+    assert step == 0
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "model.safetensors").values())

@@ -1,5 +1,6 @@
 """Checkpoints of a training run: written whole or not at all, found again, and thinned out."""
 
+import copy
 import os
 import re
 import shutil
@@ -7,20 +8,26 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from .configuration_djepa import DJEPAConfig
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit: int | None = None) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, config: DJEPAConfig, limit: int | None = None
+) -> Path:
     """
     Writes `output_dir/checkpoint-STEP`: everything that `accelerator.prepare` and `register_for_checkpointing` saw, and
     the state of all random number generators.
 
-    The folder gets its name only once it is complete. Older checkpoints beyond `limit` are removed afterwards.
+    `DJEPAForPreTraining.from_pretrained` reads the folder, too. It gets its name only once it is complete; then older
+    checkpoints beyond `limit` are removed.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): of the run; all processes must call this.
         output_dir (`Path`): of the run.
         step (`int`): optimizer steps done.
+        config ([`DJEPAConfig`]): of the model, a [`DJEPAForPreTraining`].
         limit (`int`, *optional*): checkpoints to keep, this one included.
     """
     folder = output_dir / f"checkpoint-{step}"
@@ -28,6 +35,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit
     accelerator.save_state(unfinished)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        config = copy.deepcopy(config)
+        config.architectures = ["DJEPAForPreTraining"]
+        config.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
         for _, old in _checkpoints(output_dir)[: -limit if limit else 0]:

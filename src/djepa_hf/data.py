@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+# what Pillow can read; it registers formats that it can only write, too
+IMAGE_SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
 DIGITS = "digits"
 HELD_OUT_DIGITS = 0.25  # of scikit-learn's 1,797; no model of ours trains on them
 
@@ -162,9 +164,10 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def num_image_channels(image: Image.Image) -> int:
-    """1 for a greyscale picture, 3 for any other."""
-    return 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
+def num_image_channels(data: datasets.Dataset, most: int = 100) -> int:
+    """1 if all pictures of a data set are grey, 3 otherwise; looks at `most` of them, evenly spread."""
+    looked_at = range(0, len(data), -(-len(data) // most))
+    return 1 if all(data[i]["image"].mode in GREY_MODES for i in looked_at) else 3
 
 
 def _features(names: list[str]) -> datasets.Features:
@@ -172,14 +175,17 @@ def _features(names: list[str]) -> datasets.Features:
 
 
 def _with_class_labels(data: datasets.Dataset, name: str, column: str) -> datasets.Dataset:
-    feature = data.features["label"]
+    feature, classes = data.features["label"], data.unique("label")
+    if None in classes:
+        raise ValueError(f"Column {column!r} of {name} has rows without a class: remove them.")
     if isinstance(feature, datasets.ClassLabel):
+        if min(classes) < 0:
+            raise ValueError(f"Column {column!r} of {name} has rows of class {min(classes)}, unlabelled: remove them.")
         return data
     if not isinstance(feature, datasets.Value) or feature.dtype.startswith("float"):
         raise ValueError(f"Column {column!r} of {name} holds {feature}, not classes.")
     if feature.dtype == "string":
         return data.class_encode_column("label")
-    classes = data.unique("label")
     if min(classes) < 0:
         raise ValueError(f"Column {column!r} of {name} holds negative class ids ({min(classes)}).")
     return data.cast_column("label", datasets.ClassLabel(names=[str(i) for i in range(max(classes) + 1)]))

@@ -332,15 +332,16 @@ class DJEPAModel(DJEPAPreTrainedModel):
         A checkpoint of [`DJEPAForPreTraining`] holds two copies of this model. The EMA copy, which is the one to sample
         from, is taken, and the log says so.
         """
-        config = kwargs.get("config")
-        if isinstance(config, DJEPAConfig):
-            architectures = config.architectures
-        else:
+        saved = {}
+        if pretrained_model_name_or_path is not None:
             where = {name: kwargs[name] for name in _WHERE_FILES_ARE if name in kwargs}
-            architectures = cls.config_class.get_config_dict(config or pretrained_model_name_or_path, **where)[0].get(
-                "architectures"
-            )
-        if "DJEPAForPreTraining" not in (architectures or []):
+            try:
+                saved, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **where)
+            except (
+                OSError
+            ):  # no configuration beside the weights: the caller passes one, or loading says what is missing
+                pass
+        if "DJEPAForPreTraining" not in (saved.get("architectures") or []):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         logger.warning(
             f"{pretrained_model_name_or_path} is a training checkpoint: taking its EMA weights (`target`), not the "
