@@ -10,6 +10,7 @@ list and its number alone, not on how many others are made with it.
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -29,7 +30,12 @@ class GenerationArguments:
     seed: int = field(default=0, metadata={"help": "Another seed gives other images."})
     output_dir: str = field(default="outputs/generated", metadata={"help": "Where the pictures go."})
     device: str | None = field(default=None, metadata={"help": "cuda, mps or cpu; the best there is if not given."})
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
+
+    def __post_init__(self):
+        for name in ("num_images_per_label", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
 
 def best_device() -> str:
@@ -63,7 +69,9 @@ def main(argv: list[str] | None = None):
     pipe = DJEPAPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype))
     pipe.to(args.device or best_device())
     config = pipe.transformer.config
-    ids = pipe.get_label_ids([int(label) if label.isdigit() else label for label in args.labels])
+    names = set(config.id2label.values())  # a class may be called "2" and have another id
+    labels = [int(label) if label not in names and label.isdecimal() else label for label in args.labels]
+    ids = pipe.get_label_ids(labels)
     options = sampling.call_options(config.num_tokens)
     pictures = generate(pipe, ids, args.num_images_per_label, args.batch_size, args.seed, options)
 

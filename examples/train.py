@@ -84,9 +84,17 @@ class Run:
 
     def pipeline(self) -> DJEPAPipeline:
         """A pipeline over the moving average as it is now."""
-        pipe = DJEPAPipeline(self.online.target, token_scheduler_for(self.online.config.objective), self.vae)
+        objective = self.online.config.objective
+        options = {"timestep_spacing": self.args.timestep_spacing} if objective == "diffusion" else {}
+        pipe = DJEPAPipeline(self.online.target, token_scheduler_for(objective, **options), self.vae)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def check_sampling(self):
+        """Raises a `ValueError` now, rather than after training, if previews could not be sampled."""
+        pipe = self.pipeline()
+        options = self.sampling.call_options(pipe.transformer.config.num_tokens)
+        pipe.check_inputs(1, num_images_per_label=1, output_type="pil", **options)
 
 
 def load_vae(name_or_path: str) -> AutoencoderKL:
@@ -118,6 +126,11 @@ def prepare(
     """Loads and checks everything before the first step."""
     output_dir = Path(args.output_dir)
     resume = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    if resume is None and any(output_dir.glob("checkpoint-*")):
+        raise ValueError(
+            f"{output_dir} holds checkpoints of another run: pass `resume_from_checkpoint` 'latest' to go on with it, "
+            "or another `output_dir`."
+        )
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -156,7 +169,7 @@ def prepare(
     )
     loader = accelerator.prepare(loader)  # first: its length is now this process's share
     steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
-    total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    total_steps = args.num_train_epochs * steps_per_epoch if args.max_train_steps is None else args.max_train_steps
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -167,6 +180,7 @@ def prepare(
     if vae is not None:
         vae.to(accelerator.device)
     run = Run(args, sampling, accelerator, model, loader, optimizer, lr_scheduler, vae, total_steps, steps_per_epoch)
+    run.check_sampling()
     accelerator.register_for_checkpointing(run.history)
     if resume is not None:
         folder, run.step = resume

@@ -1,6 +1,6 @@
 """D-JEPA for the Hugging Face stack: models, token schedulers and the sampling pipeline."""
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedModel
 
@@ -31,7 +31,6 @@ __all__ = [
     "DJEPAForPreTraining",
     "DJEPAModel",
     "DJEPAPipeline",
-    "DiffusionPipeline",
     "FlowMatchTokenScheduler",
     "PreTrainedModel",
     "SchedulerMixin",

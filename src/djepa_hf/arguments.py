@@ -1,5 +1,6 @@
 """Options of the scripts: dataclasses that YAML files and the command line fill. Needs the `train` extra."""
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -76,7 +77,10 @@ class TrainingArguments:
     adam_weight_decay: float = _option(0.02, "Weight decay at the end of training; it rises to it from 0.")
     max_grad_norm: float = _option(3.0, "Gradients are clipped to this norm.")
     ema_decay: float = _option(0.9999, "Decay of the moving average that is published.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "Precision of forward and backward.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = _option(None, "As in the accelerate configuration if not given.")
+    timestep_spacing: Literal["linspace", "leading"] = _option(
+        "linspace", "`DDPMTokenScheduler.timestep_spacing` of the result, for the diffusion objective."
+    )
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
     checkpointing_steps: int | None = _option(None, "Save a checkpoint every so many steps; none if not given.")
     checkpoints_total_limit: int | None = _option(None, "Keep only so many checkpoints, the newest.")
@@ -84,6 +88,18 @@ class TrainingArguments:
     report_to: str | None = _option(None, "A tracker that Accelerate knows: tensorboard, trackio, wandb, ...")
     logging_steps: int = _option(10, "Log losses to the tracker every so many steps.")
     validation_steps: int | None = _option(None, "Write a preview grid every so many steps; none if not given.")
+
+    def __post_init__(self):
+        at_least_one = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps")
+        at_least_one += ("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps")
+        for name in at_least_one:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"`ema_decay` must lie in [0, 1], got {self.ema_decay}.")
 
 
 @dataclasses.dataclass
@@ -99,7 +115,8 @@ class SamplingArguments:
     def call_options(self, num_tokens: int) -> dict[str, Any]:
         """Keyword arguments of `DJEPAPipeline.__call__` for a model of `num_tokens` tokens."""
         options = dataclasses.asdict(self)
-        options["num_inference_steps"] = self.num_inference_steps or min(64, num_tokens)
+        if self.num_inference_steps is None:
+            options["num_inference_steps"] = min(64, num_tokens)
         return options
 
 
@@ -121,13 +138,16 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None = None, descr
     parser.add_argument("--config", type=Path, help="A YAML file of options; the command line goes before it.")
     argv = sys.argv[1:] if argv is None else argv
     known = {field.name for kind in dataclass_types for field in dataclasses.fields(kind)}
-    early = parser.parse_known_args(argv)[0]
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # knows no required options: the file may
+    finder.add_argument("--config", type=Path)  # hold them
+    early = finder.parse_known_args(argv)[0]
     # the file becomes the beginning of the command line: one way to check types, and later options win
     argv = [*_options_of_file(early.config, known, parser), *argv] if early.config is not None else argv
     *parsed, remaining = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     for option in remaining:
         if option.startswith("-"):
-            parser.error(f"there is no option {option.split('=')[0]}; did you mean {_closest(option, known)}?")
+            closest = _closest(option, known | {"config"})
+            parser.error(f"there is no option {option.split('=')[0]}; did you mean {closest}?")
     if remaining:
         parser.error(f"unexpected {' '.join(remaining)}")
     return tuple(part for part in parsed if dataclasses.is_dataclass(part))
@@ -144,6 +164,8 @@ def _options_of_file(path: Path, known: set[str], parser: HfArgumentParser) -> l
     for name, value in options.items():
         if name not in known:
             parser.error(f"{path} has an unknown key {name!r}; did you mean {_closest(str(name), known)}?")
+        if value is False and name == "mixed_precision":
+            value = "no"  # which YAML takes for a boolean
         if value is not None:
             argv += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
     return argv

@@ -41,7 +41,8 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
         for _, old in _checkpoints(output_dir)[: -limit if limit else 0]:
-            shutil.rmtree(old)
+            if old != folder:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
 

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Sizes, presets and validation of a D-JEPA model."""
 
+import difflib
 import math
 from typing import Literal
 
@@ -110,6 +111,7 @@ class DJEPAConfig(PreTrainedConfig):
 
     Raises:
         ValueError: if sizes do not fit each other or a value is out of its range. The message names the value.
+        StrictDataclassFieldValidationError: if a value has a wrong type.
 
     Example:
 
@@ -178,10 +180,15 @@ class DJEPAConfig(PreTrainedConfig):
             **overrides: any other argument of [`DJEPAConfig`], or another value for one that the preset sets.
 
         Raises:
-            ValueError: if there is no such preset.
+            ValueError: if there is no such preset, or an option does not exist (the closest is named).
         """
         if preset not in PRESETS:
             raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
+        known = {*cls.__dataclass_fields__, "num_labels", "attn_implementation"}
+        for name in overrides:
+            if name not in known:
+                closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"There is no option {name!r}; did you mean {closest!r}?")
         return cls(**{**PRESETS[preset], **overrides})
 
     @property
@@ -240,6 +247,8 @@ class DJEPAConfig(PreTrainedConfig):
             raise ValueError(f"`mask_ratio_min` must lie in (0, 1], got {self.mask_ratio_min}.")
         if self.num_labels < 1:
             raise ValueError(f"`num_labels` must be at least 1, got {self.num_labels}.")
+        if set(self.id2label) != set(range(self.num_labels)):
+            raise ValueError(f"The keys of `id2label` must be 0..{self.num_labels - 1}, got {sorted(self.id2label)}.")
         for prefix in ("", "predictor_"):
             width, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
             if width % heads:

@@ -66,7 +66,7 @@ def load_official_checkpoint(path: str | os.PathLike, config: DJEPAConfig | None
         if not isinstance(checkpoint, dict) or key not in checkpoint:
             raise ValueError(f"{path} is not an official D-JEPA checkpoint: it has no entry {key!r}.")
     config = _preset_of(checkpoint, path) if config is None else copy.deepcopy(config)
-    online, ema = (_rename(checkpoint[key], config) for key in ("model", "model_ema"))
+    online, ema = (_rename(checkpoint[key]) for key in ("model", "model_ema"))
     head = {name: tensor for name, tensor in online.items() if name.startswith("prediction_head.")}
     if not head and config.prediction_loss_weight > 0:
         logger.warning(f"{path} was trained without the prediction loss: `prediction_loss_weight` is set to 0.")
@@ -86,6 +86,12 @@ def load_official_checkpoint(path: str | os.PathLike, config: DJEPAConfig | None
     return model.eval()
 
 
+def check_weights(weights: str):
+    """Raises a `ValueError` unless `weights` is `"ema"` or `"online"`."""
+    if weights not in ("ema", "online"):
+        raise ValueError(f"`weights` must be 'ema' or 'online', got {weights!r}.")
+
+
 def select_weights(model: DJEPAForPreTraining, weights: str) -> DJEPAModel:
     """
     The copy to sample from, named in the log.
@@ -97,8 +103,7 @@ def select_weights(model: DJEPAForPreTraining, weights: str) -> DJEPAModel:
     Raises:
         ValueError: if `weights` is neither.
     """
-    if weights not in ("ema", "online"):
-        raise ValueError(f"`weights` must be 'ema' or 'online', got {weights!r}.")
+    check_weights(weights)
     logger.warning(f"Taking the {'EMA' if weights == 'ema' else 'online'} weights.")
     return (model.target if weights == "ema" else model.djepa).requires_grad_(True)
 
@@ -110,7 +115,9 @@ def _read_pickle(path: str | os.PathLike) -> dict:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is no checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
     except RuntimeError as error:
-        raise ValueError(f"{path} is not a complete PyTorch file: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path} is not a complete PyTorch file of the zip format: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _preset_of(checkpoint: dict, path: str | os.PathLike) -> DJEPAConfig:
@@ -118,17 +125,18 @@ def _preset_of(checkpoint: dict, path: str | os.PathLike) -> DJEPAConfig:
     preset = str(name).removeprefix("djepa_")
     if preset not in PRESETS:
         raise ValueError(f"{path} names no known preset (args.model is {name!r}): pass `config`.")
-    output_size = _strip(checkpoint["model"])["diffloss.net.final_layer.linear.weight"].shape[0]
     config = DJEPAConfig.from_preset(preset)
-    objective = "diffusion" if output_size == 2 * config.token_size else "flow_matching"
-    return DJEPAConfig.from_preset(preset, objective=objective)
+    output = _strip(checkpoint["model"]).get("diffloss.net.final_layer.linear.weight")
+    if output is not None and output.shape[0] == config.token_size:
+        return DJEPAConfig.from_preset(preset, objective="flow_matching")
+    return config
 
 
 def _strip(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()}
 
 
-def _rename(state_dict: dict[str, torch.Tensor], config: DJEPAConfig) -> dict[str, torch.Tensor]:
+def _rename(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, tensor in _strip(state_dict).items():
         for pattern, replacement in _RENAMES:

@@ -59,7 +59,7 @@ class DJEPAModelOutput(ModelOutput):
         hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_hidden_states=True`):
             Input of the context encoder's first block and output of each block.
         attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_attentions=True` and eager attention):
-            Attention weights of the context encoder's blocks, `(B, heads, length, length)`.
+            Attention weights of the context encoder's blocks, `(B, heads, length, length)`; empty with other attention.
         predictor_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_predictor_hidden_states=True`):
             Output of each of the feature predictor's blocks.
         predictor_attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_predictor_attentions=True`):
@@ -335,12 +335,8 @@ class DJEPAModel(DJEPAPreTrainedModel):
         saved = {}
         if pretrained_model_name_or_path is not None:
             where = {name: kwargs[name] for name in _WHERE_FILES_ARE if name in kwargs}
-            try:
+            with contextlib.suppress(OSError):  # no configuration there: the caller passes one, or loading complains
                 saved, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **where)
-            except (
-                OSError
-            ):  # no configuration beside the weights: the caller passes one, or loading says what is missing
-                pass
         if "DJEPAForPreTraining" not in (saved.get("architectures") or []):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         logger.warning(

@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from .configuration_djepa import DJEPAConfig
-from .conversion import load_official_checkpoint, select_weights
+from .conversion import check_weights, load_official_checkpoint, select_weights
 from .latents import decode_samples
 from .masking import gather_tokens, num_masked_per_step, random_token_order, scatter_tokens
 from .modeling_djepa import DJEPAModel
@@ -71,6 +71,7 @@ class DJEPAPipeline(DiffusionPipeline):
         Raises:
             ValueError: as [`load_official_checkpoint`], or if `weights` is neither.
         """
+        check_weights(weights)
         training = load_official_checkpoint(pretrained_model_link_or_path, config=config)
         scheduler = token_scheduler_for(training.config.objective)
         return cls(transformer=select_weights(training, weights).eval(), scheduler=scheduler, vae=vae)
@@ -93,8 +94,8 @@ class DJEPAPipeline(DiffusionPipeline):
         """
         Class ids of ids and names.
 
-        Names are those of the model's `id2label`, or any comma-separated part of them; case and underscores do not
-        matter.
+        Names are those of the model's `id2label`, or any comma-separated part of them. Where no label is exactly the
+        same, case and underscores do not matter.
 
         Args:
             class_labels (`int`, `str`, or list, tuple, array or tensor of them): nested ones are flattened row by row.
@@ -124,6 +125,9 @@ class DJEPAPipeline(DiffusionPipeline):
 
         # whole labels go before parts of them, and low ids before high ones
         labels = self.transformer.config.id2label
+        for i, label in labels.items():
+            if name == label:
+                return i
         ids, shown = {}, {}
         for parts in (lambda label: [label], lambda label: label.split(",")):
             for i, label in labels.items():
@@ -146,6 +150,14 @@ class DJEPAPipeline(DiffusionPipeline):
                 f"{expected!r}, such as {TOKEN_SCHEDULERS[config.objective].__name__}; "
                 f"{type(self.scheduler).__name__} has {found!r}."
             )
+        noise_path = getattr(self.scheduler.config, "beta_schedule", None)
+        if config.objective == "diffusion" and noise_path != "squaredcos_cap_v2":
+            raise ValueError(
+                f"The scheduler's `beta_schedule` must be 'squaredcos_cap_v2', got {noise_path!r}: build it with "
+                f"{type(self.scheduler).__name__}.from_config(DDPMTokenScheduler().config)."
+            )
+        if self.vae is not None and len(config.sample_shape) != 2:
+            raise ValueError(f"A VAE decodes grids of rank 2; this model's has rank {len(config.sample_shape)}.")
         if self.vae is not None and self.vae.config.latent_channels != config.num_channels:
             raise ValueError(
                 f"The VAE has {self.vae.config.latent_channels} latent channels, the model {config.num_channels}: they "
@@ -161,11 +173,11 @@ class DJEPAPipeline(DiffusionPipeline):
         guidance_schedule: str,
         temperature: float,
         num_images_per_label: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        token_order: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        token_order: torch.Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
     ):
         """Raises a `ValueError`, before any work, for the first argument of a call that cannot be right."""
         self.check_components()
@@ -202,7 +214,7 @@ class DJEPAPipeline(DiffusionPipeline):
             if tuple(token_order.shape) != shape[:2]:
                 raise ValueError(f"`token_order` must have shape {shape[:2]}, got {tuple(token_order.shape)}.")
             in_order = torch.arange(num_tokens, device=token_order.device).expand(shape[:2])
-            if not torch.equal(token_order.sort(-1).values.long(), in_order):
+            if token_order.is_floating_point() or not torch.equal(token_order.sort(-1).values.long(), in_order):
                 raise ValueError(f"Every row of `token_order` must be a permutation of 0..{num_tokens - 1}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
@@ -366,7 +378,7 @@ class DJEPAPipeline(DiffusionPipeline):
                 Whether to return an [`~diffusers.ImagePipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called after every autoregressive step as `callback(pipe, step, num_hidden, tensors)`, where
-                `num_hidden` tokens are still to come. What it returns replaces the tensors.
+                `num_hidden` tokens are still to come. The `"latents"` that it returns replace those of the run.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 `"latents"` are tokens `(B, N, C)`, generated where they are done, initial noise elsewhere; `"mask"`
                 `(B, N)` is True where a token is still to come. [`~DJEPAPipeline.decode_tokens`] shows both.

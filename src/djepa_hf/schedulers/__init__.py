@@ -7,9 +7,9 @@ from .scheduling_utils import TokenSchedulerOutput
 TOKEN_SCHEDULERS = {"diffusion": DDPMTokenScheduler, "flow_matching": FlowMatchTokenScheduler}
 
 
-def token_scheduler_for(objective: str) -> DDPMTokenScheduler | FlowMatchTokenScheduler:
-    """The scheduler, with its defaults, that trains and samples models of an objective (`DJEPAConfig.objective`)."""
-    return TOKEN_SCHEDULERS[objective]()
+def token_scheduler_for(objective: str, **options) -> DDPMTokenScheduler | FlowMatchTokenScheduler:
+    """The scheduler that trains and samples models of an objective (`DJEPAConfig.objective`), with its options."""
+    return TOKEN_SCHEDULERS[objective](**options)
 
 
 __all__ = [
