@@ -45,6 +45,7 @@ def test_shipped_configs_are_valid(path):
         ("hidden_size: wide", [], "invalid int value: 'wide'"),
         ("", ["--hiden_size", "3"], "there is no option --hiden_size; did you mean hidden_size?"),
         ("", ["--objective", "ddpm"], "invalid choice: 'ddpm'"),
+        ("", ["--confg", "a"], "there is no option --confg; did you mean config?"),
         ("", ["stray"], "unexpected stray"),
     ],
 )
@@ -56,6 +57,26 @@ def test_mistakes_are_named(tmp_path, capsys, text, argv, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max_train_steps", "0"], "`max_train_steps` must be at least 1, got 0"),
+        (["--train_batch_size", "-1"], "`train_batch_size` must be at least 1, got -1"),
+        (["--ema_decay", "2"], r"`ema_decay` must lie in \[0, 1\], got 2.0"),
+        (["--learning_rate", "0"], "`learning_rate` must be positive, got 0.0"),
+    ],
+)
+def test_impossible_values_are_refused(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*argv)
+
+
+def test_yaml_may_say_no(tmp_path):
+    (tmp_path / "a.yaml").write_text("mixed_precision: no")
+    assert parse("--config", tmp_path / "a.yaml")[2].mixed_precision == "no"
+    assert parse()[2].mixed_precision is None
+
+
 def test_a_missing_file_is_named(capsys):
     with pytest.raises(SystemExit):
         parse("--config", "nowhere.yaml")
@@ -65,4 +86,5 @@ def test_a_missing_file_is_named(capsys):
 def test_steps_default_to_what_the_model_can():
     assert SamplingArguments().call_options(16)["num_inference_steps"] == 16
     assert SamplingArguments().call_options(256)["num_inference_steps"] == 64
+    assert SamplingArguments(num_inference_steps=0).call_options(256)["num_inference_steps"] == 0  # refused later
     assert SamplingArguments(num_inference_steps=8).call_options(256)["num_inference_steps"] == 8

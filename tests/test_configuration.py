@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining
 
@@ -25,6 +26,8 @@ def test_presets_take_overrides_and_refuse_unknown_names():
     assert DJEPAConfig.from_preset("large", hidden_size=512).hidden_size == 512
     with pytest.raises(ValueError, match=r"`preset` must be one of base, large, huge, got 'tiny'"):
         DJEPAConfig.from_preset("tiny")
+    with pytest.raises(ValueError, match="There is no option 'hiden_size'; did you mean 'hidden_size'"):
+        DJEPAConfig.from_preset("base", hiden_size=512)
 
 
 @pytest.mark.parametrize(
@@ -63,16 +66,21 @@ def test_reloaded_config_equals_the_saved_one(tmp_path):
         ({"sample_size": (8, 8), "patch_size": (1, 2, 2)}, "must have as many axes"),
         ({"sample_size": 0}, "must be positive along every axis"),
         ({"num_channels": 0}, "`num_channels` must be positive, got 0"),
+        ({"id2label": {1: "cat", 2: "dog"}}, r"The keys of `id2label` must be 0..1, got \[1, 2\]"),
         ({"num_labels": 0}, "`num_labels` must be at least 1, got 0"),
         ({"label_dropout_prob": 1.5}, r"`label_dropout_prob` must lie in \[0, 1\], got 1.5"),
         ({"mask_ratio_min": 0.0}, r"`mask_ratio_min` must lie in \(0, 1\]"),
         ({"mask_ratio_std": 0.0}, "`mask_ratio_std` must be positive"),
         ({"prediction_loss_weight": -1.0}, "`prediction_loss_weight` must not be negative"),
         ({"num_hidden_layers": -1}, "`num_hidden_layers` must not be negative"),
-        ({"objective": "ddpm"}, "objective"),
-        ({"hidden_size": "wide"}, "hidden_size"),
     ],
 )
 def test_bad_sizes_are_refused_by_name(options, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
+        DJEPAConfig(**options)
+
+
+@pytest.mark.parametrize("options", [{"objective": "ddpm"}, {"hidden_size": "wide"}, {"qk_norm": 3}])
+def test_wrong_types_are_refused_by_name(options):
+    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(options))):
         DJEPAConfig(**options)

@@ -63,7 +63,8 @@ def test_a_folder_becomes_a_data_set(folder):
         (lambda root: (root / "notes.txt").touch(), r"notes.txt lies beside the class folders"),
         (lambda root: picture().save(root / "loose.png"), r"loose.png lies beside the class folders"),
         (lambda root: (root / "dog" / "labels.csv").touch(), r"dog/labels.csv is not an image"),
-        (lambda root: (root / "dog" / "scan.pdf").touch(), r"dog/scan.pdf is not an image"),
+        (lambda root: (root / "dog" / "scan.pdf").write_bytes(b"%PDF"), r"dog/scan.pdf is not an image"),
+        (lambda root: (root / "dog" / "broken.jpg").write_bytes(b"no jpeg"), r"dog/broken.jpg is not an image"),
         (lambda root: (root / "dog" / "more").mkdir(), r"dog/more is not an image"),
         (lambda root: (root / "eel").mkdir(), r"eel is empty: every class needs images"),
     ],
@@ -168,6 +169,13 @@ def test_exact_size_is_left_alone_and_scaled_to_minus_one_one():
     assert batch["class_labels"] == [4]
     grey = image_transform(8, 1, random_flip=False)({"image": [image], "label": [4]})["sample"][0]
     assert grey.shape == (1, 8, 8)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    sample = image_transform(8, 1, random_flip=False)({"image": [Image.fromarray(ramp)], "label": [0]})["sample"][0]
+    expected = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
+    torch.testing.assert_close(sample, expected, atol=1 / 127, rtol=0)
 
 
 def test_half_of_the_pictures_are_flipped():

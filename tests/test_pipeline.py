@@ -205,6 +205,11 @@ def test_unknown_labels_are_refused(labels, message):
         tiny_pipeline()(labels)
 
 
+def test_an_exact_name_goes_before_a_similar_one():
+    pipe = tiny_pipeline(id2label={0: "A", 1: "a", 2: "10", 3: "b, a", 4: "c"})
+    assert pipe.get_label_ids(["a", "A", "10", "B"]) == [1, 0, 2, 3]
+
+
 def test_images_of_a_label_are_neighbours():
     pipe = tiny_pipeline()
     seeds = generators(1, 2, 3, 4)
@@ -231,6 +236,7 @@ def test_images_of_a_label_are_neighbours():
         ({"generator": 7}, "`generator` must be a torch.Generator or a list of them, got 7"),
         ({"latents": torch.zeros(2, 16, 3)}, r"`latents` must have shape \(2, 16, 4\), got \(2, 16, 3\)"),
         ({"token_order": torch.zeros(1, 16)}, r"`token_order` must have shape \(2, 16\), got \(1, 16\)"),
+        ({"token_order": torch.arange(16).expand(2, 16) + 0.4}, r"must be a permutation of 0..15"),
         ({"token_order": torch.zeros(2, 16).long()}, r"must be a permutation of 0..15"),
         ({"output_type": "jpeg"}, "`output_type` must be one of .* got 'jpeg'"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, r"must be in \['latents', 'mask'\], got \['prompt'\]"),
@@ -261,7 +267,16 @@ def test_a_scheduler_must_fit_the_objective(objective, scheduler, message):
         pipe(0, **FAST)
 
 
+def test_the_noise_path_must_be_the_models():
+    pipe = tiny_pipeline(objective="diffusion")
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match=r"'squaredcos_cap_v2', got 'linear': build it with DDIMScheduler.from_config"):
+        pipe(0, **FAST)
+
+
 def test_a_vae_must_fit_the_model():
+    with pytest.raises(ValueError, match="A VAE decodes grids of rank 2; this model's has rank 3"):
+        tiny_pipeline(vae=tiny_vae(4), sample_size=(2, 4, 4), num_channels=4)
     with pytest.raises(ValueError, match="The VAE has 4 latent channels, the model 1"):
         tiny_pipeline(vae=tiny_vae(4))
 

@@ -90,6 +90,16 @@ def test_ddpm_timesteps_spread_over_the_schedule(num_steps, timesteps):
     assert scheduler.timesteps.tolist() == timesteps
 
 
+@pytest.mark.parametrize(("num_steps", "timesteps"), [(1, [0]), (4, [750, 500, 250, 0]), (3, [666, 333, 0])])
+def test_leading_timesteps_leave_out_the_noisiest_end_as_in_diffusers(num_steps, timesteps):
+    scheduler = DDPMTokenScheduler(timestep_spacing="leading")
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.timesteps.tolist() == timesteps
+    theirs = DDIMScheduler.from_config(scheduler.config)
+    theirs.set_timesteps(num_steps)
+    assert theirs.timesteps.tolist() == timesteps
+
+
 def test_ddpm_with_a_perfect_model_finds_the_clean_tokens():
     scheduler, clean = DDPMTokenScheduler(), torch.randn(5, 3)
     scheduler.set_timesteps(50)
@@ -207,6 +217,7 @@ def test_diffusers_schedulers_take_over_the_noise_path(other):
         (lambda: FlowMatchTokenScheduler(shift=0.0), "`shift` must be positive, got 0.0"),
         (lambda: DDPMTokenScheduler(prediction_type="v_prediction"), "`prediction_type` must be 'epsilon'"),
         (lambda: DDPMTokenScheduler(beta_schedule="linear"), "`beta_schedule` must be 'squaredcos_cap_v2'"),
+        (lambda: DDPMTokenScheduler(timestep_spacing="trailing"), "must be 'linspace' or 'leading', got 'trailing'"),
         (lambda: FlowMatchTokenScheduler(prediction_type="epsilon"), "`prediction_type` must be 'flow_matching'"),
     ],
 )

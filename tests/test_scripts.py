@@ -46,6 +46,16 @@ def test_generate_writes_images_and_a_grid(folder, tmp_path):
     assert pictures(tmp_path / "a") != pictures(tmp_path / "c")
 
 
+def test_generate_takes_names_before_ids_and_options_from_a_file(tmp_path):
+    tiny_pipeline(id2label={0: "10", 1: "2", 2: "3", 3: "a", 4: "b"}).save_pretrained(tmp_path / "pipe")
+    options = {"pipeline": str(tmp_path / "pipe"), "labels": ["2", "10", "1"], "output_dir": str(tmp_path / "out")}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(options))
+    generate.main(["--config", str(tmp_path / "a.yaml"), *SAMPLING])
+    assert sorted(pictures(tmp_path / "out")) == ["000_2_000.png", "001_10_000.png", "002_2_000.png"]
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        generate.main(["--config", str(tmp_path / "a.yaml"), "--batch_size", "0"])
+
+
 def test_generate_refuses_an_unknown_class(folder, tmp_path):
     argv = ["--pipeline", str(folder), "--output_dir", str(tmp_path / "out"), "--labels"]
     with pytest.raises(ValueError, match="The closest names are: goldfish"):

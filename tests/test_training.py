@@ -3,6 +3,9 @@
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -103,6 +106,27 @@ def test_checkpoints_are_found_and_limited(tmp_path):
         find_checkpoint(tmp_path, "checkpoint-5")
     with pytest.raises(ValueError, match=r"'latest', but .* holds no checkpoint"):
         run(tmp_path / "empty", **DIGITS, resume_from_checkpoint="latest")
+
+
+def test_a_used_folder_and_impossible_previews_are_refused_before_training(digits_run, tmp_path):
+    with pytest.raises(ValueError, match=r"holds checkpoints of another run: pass `resume_from_checkpoint` 'latest'"):
+        run(digits_run, **DIGITS)
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must lie in 1..16"):
+        run(tmp_path, **{**DIGITS, "num_inference_steps": 17})
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_train_together(tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train.__file__]
+    options = {**DIGITS, "max_train_steps": 4, "checkpointing_steps": 4, "train_batch_size": 8}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, *command, *command_line(tmp_path, **options)]
+    output = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "4 steps on 2 x cpu" in output
+    weights = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    pipe = DJEPAPipeline.from_pretrained(tmp_path)
+    assert torch.equal(pipe.transformer.predictor.mask_token, weights["target.predictor.mask_token"])
+    assert len(list((tmp_path / "checkpoint-4").glob("random_states_*.pkl"))) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):

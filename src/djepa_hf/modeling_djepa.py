@@ -13,6 +13,7 @@
 # limitations under the License.
 """The two models: D-JEPA as it is published and sampled from, and D-JEPA in training."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
