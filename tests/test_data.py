@@ -127,6 +127,9 @@ def test_wrong_columns_are_refused(tmp_path):
         load_training_data(name, image_column="picture", label_column="kinds")
     with pytest.raises(ValueError, match=r"Column 'kind' of .* not images"):
         load_training_data(name, image_column="kind", label_column="other")
+    name = save_parquet(tmp_path / "lists", [[0], [1]], datasets.List(datasets.Value("int64")))
+    with pytest.raises(ValueError, match=r"Column 'kind' of .* not classes"):
+        load_training_data(name, image_column="picture", label_column="kind")
     name = save_parquet(tmp_path / "floats", [0.5, 1.5], datasets.Value("float32"))
     with pytest.raises(ValueError, match=r"Column 'kind' of .* not classes"):
         load_training_data(name, image_column="picture", label_column="kind")

@@ -178,18 +178,19 @@ def _features(names: list[str]) -> datasets.Features:
 
 
 def _with_class_labels(data: datasets.Dataset, name: str, column: str) -> datasets.Dataset:
-    feature, classes = data.features["label"], data.unique("label")
+    feature = data.features["label"]
+    dtype = feature.dtype if isinstance(feature, datasets.Value | datasets.ClassLabel) else ""
+    if not dtype.endswith("string") and not dtype.startswith(("int", "uint")):
+        raise ValueError(f"Column {column!r} of {name} holds {feature}, not classes.")
+    classes = data.unique("label")
     if None in classes:
         raise ValueError(f"Column {column!r} of {name} has rows without a class: remove them.")
+    if dtype.endswith("string"):
+        return data.class_encode_column("label")
     if isinstance(feature, datasets.ClassLabel):
         if min(classes) < 0:
             raise ValueError(f"Column {column!r} of {name} has rows of class {min(classes)}, unlabelled: remove them.")
         return data
-    dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
-    if not dtype.endswith("string") and not dtype.startswith(("int", "uint")):
-        raise ValueError(f"Column {column!r} of {name} holds {feature}, not classes.")
-    if dtype.endswith("string"):
-        return data.class_encode_column("label")
     if min(classes) < 0:
         raise ValueError(f"Column {column!r} of {name} holds negative class ids ({min(classes)}).")
     return data.cast_column("label", datasets.ClassLabel(names=[str(i) for i in range(max(classes) + 1)]))
