@@ -23,7 +23,7 @@ def _model_fields() -> list[tuple[str, Any, Any]]:
     """The sizes of [`DJEPAConfig`] that data do not determine, as optional options of one type each."""
     fields = []
     for name, annotation in DJEPAConfig.__annotations__.items():
-        if name in ("model_type", "sample_size", "num_channels"):
+        if name in ("model_type", "sample_size", "num_channels", "latent_scaling_factor", "weights"):
             continue
         if isinstance(annotation, types.UnionType):
             members = typing.get_args(annotation)

@@ -20,6 +20,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .imagenet_classes import IMAGENET_CLASSES
+
 # Paper, Table 1: what sets the presets apart. The predictor has the encoder's sizes in all of them.
 PRESETS = {
     "base": {
@@ -62,7 +64,7 @@ class DJEPAConfig(PreTrainedConfig):
             Channels of a sample: those of the autoencoder's latents, or of the image itself.
         num_labels (`int`, *optional*, defaults to 1000):
             Number of classes. Class id `num_labels` is the null class of classifier-free guidance. Follows `id2label`
-            where that is given.
+            where that is given. With neither given, the classes are ImageNet's and have its names.
         hidden_size (`int`, *optional*, defaults to 768):
             Width of the context encoder.
         num_hidden_layers (`int`, *optional*, defaults to 12):
@@ -108,6 +110,12 @@ class DJEPAConfig(PreTrainedConfig):
             Where the smooth-L1 prediction loss turns from quadratic to linear.
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of all LayerNorms and RMSNorms.
+        latent_scaling_factor (`float`, *optional*):
+            What the autoencoder's latents were multiplied by in training; a pipeline refuses a VAE with another
+            `scaling_factor`. Not set for pixels, or where it is unknown.
+        weights (`"ema"` or `"online"`, *optional*):
+            Which copy of the trained network a published model holds: the moving average, which is the one to sample
+            from, or the weights that the optimizer worked on. Not set where it is unknown.
 
     Raises:
         ValueError: if sizes do not fit each other or a value is out of its range. The message names the value.
@@ -153,10 +161,12 @@ class DJEPAConfig(PreTrainedConfig):
     prediction_loss_weight: float | int = 1.0
     prediction_loss_beta: float | int = 2.0
     layer_norm_eps: float = 1e-6
+    latent_scaling_factor: float | None = None
+    weights: Literal["ema", "online"] | None = None
 
     def __post_init__(self, **kwargs):
         if self.id2label is None and kwargs.get("num_labels") is None:
-            kwargs["num_labels"] = 1000
+            self.id2label = dict(enumerate(IMAGENET_CLASSES))
         # JSON knows no tuples: both spellings become one, so that a reloaded config equals the saved one.
         if isinstance(self.sample_size, list):
             self.sample_size = tuple(self.sample_size)
@@ -245,6 +255,8 @@ class DJEPAConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
         if not 0 < self.mask_ratio_min <= 1:
             raise ValueError(f"`mask_ratio_min` must lie in (0, 1], got {self.mask_ratio_min}.")
+        if self.latent_scaling_factor is not None and self.latent_scaling_factor <= 0:
+            raise ValueError(f"`latent_scaling_factor` must be positive, got {self.latent_scaling_factor}.")
         if self.num_labels < 1:
             raise ValueError(f"`num_labels` must be at least 1, got {self.num_labels}.")
         if set(self.id2label) != set(range(self.num_labels)):

@@ -1,7 +1,6 @@
 """Class labels to images: generalized next-token prediction (D-JEPA, arXiv 2410.03755, Algorithm 1)."""
 
 import copy
-import difflib
 import inspect
 import numbers
 import os
@@ -16,6 +15,7 @@ from PIL import Image
 
 from .configuration_djepa import DJEPAConfig
 from .conversion import check_weights, load_official_checkpoint, select_weights
+from .labels import find_label_id
 from .latents import decode_samples
 from .masking import gather_tokens, num_masked_per_step, random_token_order, scatter_tokens
 from .modeling_djepa import DJEPAModel
@@ -94,8 +94,8 @@ class DJEPAPipeline(DiffusionPipeline):
         """
         Class ids of ids and names.
 
-        Names are those of the model's `id2label`, or any comma-separated part of them. Where no label is exactly the
-        same, case and underscores do not matter.
+        Names are those of the model's `id2label`, or any comma-separated part of them. Where none is exactly the same,
+        case and underscores do not matter.
 
         Args:
             class_labels (`int`, `str`, or list, tuple, array or tensor of them): nested ones are flattened row by row.
@@ -104,40 +104,21 @@ class DJEPAPipeline(DiffusionPipeline):
             `list[int]`.
 
         Raises:
-            ValueError: if an id is out of range or a name unknown; the closest names are given.
+            ValueError: if an id is out of range, a name unknown (the closest names are given) or that of several
+                classes (their ids are given).
         """
         if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, list | tuple):
             return [i for label in class_labels for i in self.get_label_ids(label)]
         if isinstance(class_labels, str):
-            return [self._id_of_name(class_labels)]
+            return [find_label_id(class_labels, self.transformer.config.id2label)]
         num_labels = self.transformer.config.num_labels
         if not isinstance(class_labels, numbers.Integral) or isinstance(class_labels, bool):
             raise ValueError(f"`class_labels` must be class ids or names, got {class_labels!r}.")
         if not 0 <= class_labels < num_labels:
             raise ValueError(f"Class id {class_labels} is out of range: this model knows 0..{num_labels - 1}.")
         return [int(class_labels)]
-
-    def _id_of_name(self, name: str) -> int:
-        def normalize(text: str) -> str:
-            return " ".join(text.replace("_", " ").split()).casefold()
-
-        # whole labels go before parts of them, and low ids before high ones
-        labels = self.transformer.config.id2label
-        for i, label in labels.items():
-            if name == label:
-                return i
-        ids, shown = {}, {}
-        for parts in (lambda label: [label], lambda label: label.split(",")):
-            for i, label in labels.items():
-                for part in parts(label):
-                    ids.setdefault(normalize(part), i)
-                    shown.setdefault(normalize(part), part.strip())
-        if normalize(name) in ids:
-            return ids[normalize(name)]
-        closest = difflib.get_close_matches(normalize(name), ids, n=3, cutoff=0.0)
-        raise ValueError(f"Unknown class {name!r}. The closest names are: {', '.join(shown[c] for c in closest)}.")
 
     def check_components(self):
         """Raises a `ValueError` unless scheduler and VAE fit the model."""
