@@ -26,8 +26,11 @@ from tqdm.auto import tqdm
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAPipeline
 from djepa_hf.arguments import DataArguments, ModelArguments, SamplingArguments, TrainingArguments, parse_arguments
 from djepa_hf.checkpoints import find_checkpoint, save_checkpoint
+from djepa_hf.configuration_djepa import PRESETS
 from djepa_hf.data import image_transform, load_training_data, num_image_channels
 from djepa_hf.latents import encode_images
+from djepa_hf.loading import load_for_training
+from djepa_hf.model_card import create_model_card
 from djepa_hf.optimization import ema_decay, parameter_groups, set_weight_decay
 from djepa_hf.schedulers import token_scheduler_for
 from djepa_hf.visualization import labelled_grid, plot_losses
@@ -67,6 +70,8 @@ class Run:
     vae: AutoencoderKL | None
     total_steps: int
     steps_per_epoch: int
+    source: str  # of the data
+    init_from: str | None  # weights that were trained before this run
     step: int = 0
     history: LossHistory = field(default_factory=LossHistory)
 
@@ -86,7 +91,7 @@ class Run:
         """A pipeline over the moving average as it is now."""
         objective = self.online.config.objective
         options = {"timestep_spacing": self.args.timestep_spacing} if objective == "diffusion" else {}
-        pipe = DJEPAPipeline(self.online.target, token_scheduler_for(objective, **options), self.vae)
+        pipe = DJEPAPipeline(self.online.export("ema"), token_scheduler_for(objective, **options), self.vae)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -106,18 +111,22 @@ def load_vae(name_or_path: str) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(name_or_path, subfolder=subfolder).requires_grad_(False).eval()
 
 
-def model_config(
+def initial_model(
     args: ModelArguments, names: list[str], resolution: int, channels: int, vae: AutoencoderKL | None
-) -> DJEPAConfig:
-    """The model's configuration: sizes from the options, the rest from data and autoencoder."""
+) -> DJEPAForPreTraining:
+    """The model before the first step: sizes from the options, the rest from data and autoencoder."""
     options = {name: value for name, value in asdict(args).items() if value is not None}
+    preset, init_from = options.pop("preset", None), options.pop("init_from", None)
     if vae is not None:
         stride = 2 ** (len(vae.config.block_out_channels) - 1)
         if resolution % stride:
             raise ValueError(f"`resolution` {resolution} must be divisible by the VAE's stride {stride}.")
         resolution, channels = resolution // stride, vae.config.latent_channels
+        options["latent_scaling_factor"] = vae.config.scaling_factor
     options |= {"sample_size": resolution, "num_channels": channels, "id2label": dict(enumerate(names))}
-    return DJEPAConfig.from_preset(options.pop("preset"), **options)
+    if init_from is None:
+        return DJEPAForPreTraining(DJEPAConfig.from_preset(preset or "base", **options))
+    return load_for_training(init_from, PRESETS.get(preset, {}) | options)
 
 
 def prepare(
@@ -146,7 +155,7 @@ def prepare(
     names = data.features["label"].names
     vae = load_vae(data_args.pretrained_vae_model_name_or_path) if data_args.pretrained_vae_model_name_or_path else None
     channels = num_image_channels(data) if vae is None else vae.config.in_channels
-    model = DJEPAForPreTraining(model_config(model_args, names, data_args.resolution, channels, vae))
+    model = initial_model(model_args, names, data_args.resolution, channels, vae)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
 
@@ -179,7 +188,20 @@ def prepare(
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     if vae is not None:
         vae.to(accelerator.device)
-    run = Run(args, sampling, accelerator, model, loader, optimizer, lr_scheduler, vae, total_steps, steps_per_epoch)
+    run = Run(
+        args,
+        sampling,
+        accelerator,
+        model,
+        loader,
+        optimizer,
+        lr_scheduler,
+        vae,
+        total_steps,
+        steps_per_epoch,
+        source=data_args.dataset_name or Path(data_args.train_data_dir).name,
+        init_from=model_args.init_from,
+    )
     run.check_sampling()
     accelerator.register_for_checkpointing(run.history)
     if resume is not None:
@@ -223,7 +245,9 @@ def training_step(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     run.optimizer.zero_grad()
     if accelerator.sync_gradients:
         run.step += 1
-        run.online.update_target(ema_decay(args.ema_decay, run.step))
+        # the ramp is there to forget a random start; an average of earlier training is worth keeping
+        decay = args.ema_decay if run.init_from else ema_decay(args.ema_decay, run.step)
+        run.online.update_target(decay)
     return dict(zip(("diffusion_loss", "prediction_loss"), losses, strict=True))
 
 
@@ -295,7 +319,10 @@ def publish(run: Run):
     """Writes the pipeline, with the moving average, a last preview and the loss curves."""
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        run.pipeline().save_pretrained(run.output_dir)
+        pipe = run.pipeline()
+        pipe.save_pretrained(run.output_dir)
+        sampling = run.sampling.call_options(run.online.config.num_tokens)
+        create_model_card(pipe, str(run.output_dir), recipe(run), sampling=sampling).save(run.output_dir / "README.md")
         preview(run, "final.png")
         parameters = run.online.djepa.num_parameters() / 1e6
         title = f"{run.online.config.objective}, {parameters:.1f}M parameters"
@@ -304,6 +331,21 @@ def publish(run: Run):
         (run.output_dir / "sampling.yaml").write_text(yaml.safe_dump(asdict(run.sampling), sort_keys=False))
         print(f"The pipeline in {run.output_dir} holds the EMA weights after step {run.step}.")
     run.accelerator.end_training()
+
+
+def recipe(run: Run) -> str:
+    """What the model card says of the training, in Markdown."""
+    args, accelerator = run.args, run.accelerator
+    batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    images = f"{len(run.loader.dataset):,} images of {run.source}"
+    start = f" It started from the weights of `{run.init_from}`." if run.init_from else ""
+    return (
+        f"On {images}: {run.step:,} steps with a batch of {batch}, AdamW with a peak learning rate of "
+        f"{args.learning_rate:g} ({args.lr_scheduler}, {args.lr_warmup_steps:,} steps of warm-up), betas "
+        f"{args.adam_beta1:g} and {args.adam_beta2:g}, weight decay rising from 0 to {args.adam_weight_decay:g}, "
+        f"gradients clipped to {args.max_grad_norm:g}, moving average with a decay of {args.ema_decay:g}, mixed "
+        f"precision {accelerator.mixed_precision}.{start}"
+    )
 
 
 def parse_options(

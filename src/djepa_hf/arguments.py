@@ -35,7 +35,12 @@ def _model_fields() -> list[tuple[str, Any, Any]]:
 
 @dataclasses.dataclass
 class PresetArguments:
-    preset: Literal["base", "large", "huge"] = _option("base", "Sizes to start from; single ones can be overridden.")
+    init_from: str | None = _option(
+        None, "Train on from these weights: a pipeline or checkpoint of ours, or an official .pth file."
+    )
+    preset: Literal["base", "large", "huge"] = _option(
+        None, "Sizes to start from, base if not given; single ones can be overridden."
+    )
 
 
 ModelArguments = dataclasses.make_dataclass("ModelArguments", _model_fields(), bases=(PresetArguments,))

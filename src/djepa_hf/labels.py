@@ -22,9 +22,7 @@ def find_label_id(name: str, id2label: dict[int, str]) -> int:
     """
     for spelling in (str.strip, _normalized):
         for parts in (lambda label: [label], lambda label: label.split(",")[:1], lambda label: label.split(",")):
-            found = [
-                i for i, label in id2label.items() if spelling(name) in [spelling(part) for part in parts(label)]
-            ]
+            found = [i for i, label in id2label.items() if spelling(name) in [spelling(part) for part in parts(label)]]
             if len(found) > 1:
                 classes = ", ".join(f"{i} ({id2label[i]})" for i in found)
                 raise ValueError(f"{name!r} is the name of several classes: {classes}. Pass one of the ids.")

@@ -14,6 +14,7 @@
 """The two models: D-JEPA as it is published and sampled from, and D-JEPA in training."""
 
 import contextlib
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,12 @@ class DJEPAForPreTrainingOutput(ModelOutput):
     prediction_loss: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def check_weights(weights: str):
+    """Raises a `ValueError` unless `weights` is `"ema"` or `"online"`."""
+    if weights not in ("ema", "online"):
+        raise ValueError(f"`weights` must be 'ema' or 'online', got {weights!r}.")
 
 
 def _is_loaded(parameter: torch.Tensor) -> bool:
@@ -346,8 +353,8 @@ class DJEPAModel(DJEPAPreTrainedModel):
         )
         training = DJEPAForPreTraining.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         training, *info = training if isinstance(training, tuple) else (training,)
-        target = training.target.requires_grad_(True)
-        return (target, *info) if info else target
+        model = training.export("ema")
+        return (model, *info) if info else model
 
     def _check_tokens(self, tokens: torch.Tensor):
         shape = (self.config.num_tokens, self.config.token_size)
@@ -422,6 +429,26 @@ class DJEPAForPreTraining(DJEPAPreTrainedModel):
         if not 0 <= decay <= 1:
             raise ValueError(f"`decay` must lie in [0, 1], got {decay}.")
         torch._foreach_lerp_(list(self.target.parameters()), list(self.djepa.parameters()), 1 - decay)
+
+    def export(self, weights: str = "ema") -> DJEPAModel:
+        """
+        The model to sample from and to publish. It shares its weights with this one, and its `config.weights` says
+        which they are.
+
+        Args:
+            weights (`"ema"` or `"online"`, defaults to `"ema"`): `target` or `djepa`.
+
+        Raises:
+            ValueError: if `weights` is neither.
+        """
+        check_weights(weights)
+        config = copy.deepcopy(self.config)
+        config.weights = weights
+        with torch.device("meta"):
+            model = DJEPAModel(config)
+        source = self.target if weights == "ema" else self.djepa
+        model.load_state_dict(source.state_dict(), assign=True)
+        return model.eval()
 
     @can_return_tuple
     def forward(

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import numbers
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -12,20 +11,19 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, Sch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from transformers import PreTrainedModel
 
-from .configuration_djepa import DJEPAConfig
-from .conversion import check_weights, load_official_checkpoint, select_weights
+from .hub import PipelineHubMixin
 from .labels import find_label_id
 from .latents import decode_samples
 from .masking import gather_tokens, num_masked_per_step, random_token_order, scatter_tokens
-from .modeling_djepa import DJEPAModel
-from .schedulers import TOKEN_SCHEDULERS, DDPMTokenScheduler, token_scheduler_for
+from .schedulers import TOKEN_SCHEDULERS
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 GUIDANCE_SCHEDULES = ("linear", "constant")
 
 
-class DJEPAPipeline(DiffusionPipeline):
+class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
     """
     Class-conditional generation with D-JEPA, in the latent space of an autoencoder or in pixels.
 
@@ -43,38 +41,14 @@ class DJEPAPipeline(DiffusionPipeline):
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "mask"]
 
-    def __init__(self, transformer: DJEPAModel, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None):
+    # annotated with base classes: a self-contained folder has its own copies of ours
+    def __init__(self, transformer: PreTrainedModel, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._interrupt = False
         self.check_components()
-
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path: str | os.PathLike,
-        vae: AutoencoderKL | None = None,
-        weights: str = "ema",
-        config: DJEPAConfig | None = None,
-    ) -> "DJEPAPipeline":
-        """
-        A pipeline from one of the authors' training files.
-
-        Args:
-            pretrained_model_link_or_path (`str` or `os.PathLike`): a local `.pth` file.
-            vae ([`~diffusers.AutoencoderKL`], *optional*): the autoencoder of the model's latents.
-            weights (`"ema"` or `"online"`, defaults to `"ema"`): which copy to sample from.
-            config ([`DJEPAConfig`], *optional*): sizes, where the file does not name a preset.
-
-        Raises:
-            ValueError: as [`load_official_checkpoint`], or if `weights` is neither.
-        """
-        check_weights(weights)
-        training = load_official_checkpoint(pretrained_model_link_or_path, config=config)
-        scheduler = token_scheduler_for(training.config.objective)
-        return cls(transformer=select_weights(training, weights).eval(), scheduler=scheduler, vae=vae)
 
     @property
     def guidance_scale(self) -> float:
@@ -143,6 +117,13 @@ class DJEPAPipeline(DiffusionPipeline):
             raise ValueError(
                 f"The VAE has {self.vae.config.latent_channels} latent channels, the model {config.num_channels}: they "
                 "do not belong together."
+            )
+        factor = config.latent_scaling_factor
+        if self.vae is not None and factor is not None and self.vae.config.scaling_factor != factor:
+            raise ValueError(
+                f"The model was trained on latents times {factor}, but the VAE's `scaling_factor` is "
+                f"{self.vae.config.scaling_factor}. If it is the right VAE, load it with "
+                f"AutoencoderKL.from_pretrained(..., scaling_factor={factor})."
             )
 
     def check_inputs(
@@ -262,7 +243,7 @@ class DJEPAPipeline(DiffusionPipeline):
         """
         denoiser = self.transformer.denoiser
         dtype = denoiser.input_projection.weight.dtype
-        keeps_variance = isinstance(scheduler, DDPMTokenScheduler)
+        takes_variance = getattr(scheduler, "takes_variance", False)
         accepted = inspect.signature(scheduler.step).parameters
         step_options = {"temperature": temperature, "generator": generator}
         step_options = {name: value for name, value in step_options.items() if name in accepted}
@@ -281,7 +262,7 @@ class DJEPAPipeline(DiffusionPipeline):
                 prediction, null_prediction = output[..., :token_size], null_output[..., :token_size]
                 guided = null_prediction + guidance * (prediction - null_prediction)
                 output = torch.cat([guided, output[..., token_size:]], dim=-1)  # the variance is the class's own
-            if not keeps_variance:
+            if not takes_variance:
                 output = output[..., :token_size]
             sample = scheduler.step(output, timestep, sample, **step_options).prev_sample
         return sample

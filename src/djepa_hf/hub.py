@@ -1,0 +1,197 @@
+"""How a pipeline comes from files and from the Hub, and gets there."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from huggingface_hub import ModelCard, create_repo, get_token, upload_folder
+from huggingface_hub.errors import EntryNotFoundError
+
+from .configuration_djepa import DJEPAConfig
+from .conversion import load_official_model
+from .model_card import create_model_card, renamed
+from .schedulers import token_scheduler_for
+from .self_contained import brings_its_code, write_code
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+class PipelineHubMixin:
+    """Loading, saving and publishing of [`DJEPAPipeline`], where it goes beyond diffusers' own."""
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike,
+        vae: AutoencoderKL | None = None,
+        weights: str = "ema",
+        dtype: torch.dtype | None = None,
+        config: DJEPAConfig | dict[str, Any] | None = None,
+        **hub_options,
+    ):
+        """
+        A pipeline from one of the authors' training files.
+
+        Sizes come from the shapes of the tensors and the options that the file was trained with, and from `config`
+        where neither tells. No code from the file is run, and only the weights asked for are read.
+
+        Args:
+            pretrained_model_link_or_path (`str` or `os.PathLike`): a `.pth` file on disk or on the Hub
+                (`owner/name/djepa_base.pth`, or its address).
+            vae ([`~diffusers.AutoencoderKL`], *optional*): the autoencoder of the model's latents.
+            weights (`"ema"` or `"online"`, defaults to `"ema"`): which copy to sample from. The log, the saved
+                configuration (`transformer.config.weights`) and the model card say which it was.
+            dtype (`torch.dtype`, *optional*): of the model; as stored (float32) if not given.
+            config ([`DJEPAConfig`] or `dict`, *optional*): the configuration, or single arguments of it, such as
+                `{"num_attention_heads": 12}`, that the file does not tell.
+            **hub_options: `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is no such checkpoint, holds anything that could run code, does not fit `config` or
+                `vae`, has tensors missing, left over or of another shape (all are listed), or overflows in `dtype`.
+        """
+        num_channels = vae.config.latent_channels if vae is not None else None
+        model = load_official_model(
+            pretrained_model_link_or_path, weights, dtype, config, num_channels=num_channels, **hub_options
+        )
+        return cls(transformer=model, scheduler=token_scheduler_for(model.config.objective), vae=vae)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        self_contained: bool | None = None,
+        **kwargs,
+    ):
+        """
+        As [`~diffusers.DiffusionPipeline.save_pretrained`].
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder to write.
+            safe_serialization (`bool`, defaults to `True`): as in diffusers.
+            variant (`str`, *optional*): such as `"fp16"`, becomes part of the weights' file names.
+            max_shard_size (`int` or `str`, *optional*): larger weights are split.
+            push_to_hub (`bool`, defaults to `False`): whether to upload the folder, see [`~DJEPAPipeline.push_to_hub`].
+            self_contained (`bool`, *optional*): whether to write the code beside the weights, for
+                `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` where djepa_hf is not installed. If not
+                given: where this pipeline came from such a folder.
+            **kwargs: `repo_id` and other arguments of [`~DJEPAPipeline.push_to_hub`].
+
+        Raises:
+            ValueError: with `push_to_hub`, if there is no token; before anything is written.
+        """
+        if push_to_hub:
+            check_token(kwargs.get("token"))
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        if brings_its_code(self) if self_contained is None else self_contained:
+            write_code(self, save_directory)
+        if push_to_hub:
+            upload_pipeline(self, save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        self_contained: bool | None = None,
+        model_card: ModelCard | None = None,
+    ) -> str:
+        """
+        Uploads the pipeline with a model card.
+
+        The card is `model_card` if given; else the one that the repository has already; else that of the folder which
+        the pipeline came from; else a new one, from the pipeline's configuration.
+
+        Args:
+            repo_id (`str`): `owner/name`; made if it does not exist.
+            commit_message (`str`, *optional*): of the commit.
+            private (`bool`, *optional*): whether a new repository is private.
+            token (`str`, *optional*): to write there; that of `hf auth login` if not given.
+            create_pr (`bool`, defaults to `False`): whether to open a pull request instead.
+            safe_serialization, variant, max_shard_size, self_contained: as in [`~DJEPAPipeline.save_pretrained`].
+            model_card ([`~huggingface_hub.ModelCard`], *optional*): such as [`create_model_card`] makes.
+
+        Returns:
+            `str`: the address of the commit.
+
+        Raises:
+            ValueError: if there is no token; before anything is written.
+        """
+        check_token(token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size, self_contained=self_contained)
+            return upload_pipeline(self, folder, repo_id, commit_message, private, token, create_pr, model_card)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        # Where djepa_hf is installed, a self-contained folder needs neither its own code nor the trust for it.
+        index = super()._dict_from_json_file(json_file)
+        if not cls.__module__.startswith(_PACKAGE):
+            return index
+        library = __import__(_PACKAGE)
+        for name, value in index.items():
+            if isinstance(value, list) and value[0] not in (None, _PACKAGE) and hasattr(library, value[1]):
+                index[name] = value[1] if name == "_class_name" else [_PACKAGE, value[1]]
+        return index
+
+
+def upload_pipeline(
+    pipe: DiffusionPipeline,
+    folder: str | os.PathLike,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    model_card: ModelCard | None = None,
+) -> str:
+    """
+    Uploads the folder that a pipeline was saved to. Writes a model card into it first.
+
+    Args:
+        pipe ([`DJEPAPipeline`]): which the folder holds.
+        folder (`str` or `os.PathLike`): to upload.
+        repo_id, commit_message, private, token, create_pr, model_card: as in [`~DJEPAPipeline.push_to_hub`].
+
+    Returns:
+        `str`: the address of the commit.
+    """
+    check_token(token)
+    folder = Path(folder)
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    card = model_card or _existing_card(pipe, repo_id, token)
+    if card is None:
+        card = create_model_card(pipe, repo_id, self_contained=(folder / "pipeline.py").exists())
+    renamed(card, repo_id).save(folder / "README.md")
+    message = commit_message or f"Upload {type(pipe).__name__}"
+    return str(
+        upload_folder(
+            repo_id=repo_id, folder_path=folder, token=token, commit_message=message, create_pr=create_pr
+        ).commit_url
+    )
+
+
+def _existing_card(pipe: DiffusionPipeline, repo_id: str, token: str | None) -> ModelCard | None:
+    try:
+        return ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError:
+        local = Path(str(pipe.config.get("_name_or_path") or "")) / "README.md"
+        return ModelCard.load(local) if local.is_file() else None
+
+
+def check_token(token: str | bool | None):
+    """Raises a `ValueError` if there is no token to write to the Hub with."""
+    if not (token or get_token()):
+        raise ValueError("There is no Hugging Face token to upload with: run `hf auth login`, or pass `token`.")

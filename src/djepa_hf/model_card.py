@@ -1,0 +1,185 @@
+"""Model cards: what a published pipeline says of itself."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .configuration_djepa import DJEPAConfig
+from .imagenet_classes import IMAGENET_CLASSES
+
+TASK = {"task_type": "unconditional-image-generation", "task_name": "Class-conditional image generation"}
+IMAGENET = {"dataset_type": "ILSVRC/imagenet-1k", "dataset_name": "ImageNet 256x256"}
+PUBLISHED = {"source_name": "published by the authors", "source_url": "https://arxiv.org/abs/2410.03755"}
+MEASURED = {"source_name": "measured here"}
+
+# Paper, Tables 1 and 2. The settings stand beside each figure, because FID means little without them.
+_PUBLISHED_FIGURES = {
+    "base": {"epochs": 1400, "fid": 3.40, "inception_score": 197.1, "precision": 0.77, "recall": 0.61},
+    "large": {"epochs": 480, "fid": 2.32, "inception_score": 233.5, "precision": 0.79, "recall": 0.61},
+    "huge": {"epochs": 320, "fid": 2.04, "inception_score": 239.3, "precision": 0.79, "recall": 0.62},
+}
+_PUBLISHED_GUIDED_FID = {"large": (1.58, 3.0), "huge": (1.54, 3.9)}
+_METRIC_NAMES = {"fid": "FID", "inception_score": "Inception Score", "precision": "Precision", "recall": "Recall"}
+
+_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=\n<!-- /figures -->)", re.DOTALL)
+_LOADED_ID = re.compile(r'(?<=Pipeline\.from_pretrained\(")[^"]*(?=")')
+
+
+def create_model_card(
+    pipe: DiffusionPipeline,
+    repo_id: str,
+    training: str | None = None,
+    eval_results: Iterable[EvalResult] = (),
+    sampling: dict[str, Any] | None = None,
+    self_contained: bool = False,
+    license: str | None = None,
+    datasets: list[str] | None = None,
+    base_model: str | None = None,
+    published: str | None = None,
+) -> ModelCard:
+    """
+    The card of a pipeline, from its own configuration and what is known besides.
+
+    Args:
+        pipe ([`DJEPAPipeline`]): to describe.
+        repo_id (`str`): from where it will be loaded.
+        training (`str`, *optional*): data and recipe, in Markdown.
+        eval_results (iterable of [`~huggingface_hub.EvalResult`], *optional*): figures; `source_name` says whose.
+        sampling (`dict`, *optional*): arguments of the call that suit the model best.
+        self_contained (`bool`, defaults to `False`): whether the folder brings its own code.
+        license (`str`, *optional*): the weights', as the Hub writes it.
+        datasets (`list[str]`, *optional*): ids of the training data on the Hub.
+        base_model (`str`, *optional*): id of the model that this one was trained from.
+        published (`str`, *optional*): the preset, where these are the authors' own weights: fills in the paper's recipe
+            and figures.
+    """
+    config: DJEPAConfig = pipe.transformer.config
+    name = repo_id.rpartition("/")[2]
+    eval_results = [*(published_results(published, config.weights) if published else []), *eval_results]
+    sampling = sampling or {"num_inference_steps": min(64, config.num_tokens)}
+    labels = [config.id2label[i] for i in {0, config.num_labels // 5, config.num_labels // 2}]
+    names = [label.split(",")[0] for label in labels]
+    data = ModelCardData(
+        model_name=name,
+        license="other" if published else license,
+        license_name="see-the-authors-release" if published else None,
+        library_name="diffusers",
+        pipeline_tag=TASK["task_type"],
+        tags=["djepa", "class-conditional", "masked-autoregressive", config.objective.replace("_", "-")],
+        datasets=[IMAGENET["dataset_type"]] if published else datasets,
+        base_model=base_model,
+        eval_results=eval_results or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card_template.md")),
+        model_name=name,
+        repo_id=repo_id,
+        facts=_facts(pipe),
+        call=", ".join([repr(names[-1]), *(f"{option}={value!r}" for option, value in sampling.items())]),
+        makes_pictures=pipe.vae is not None or config.num_channels in (1, 3),
+        self_contained=self_contained,
+        example_names=", ".join(f'"{name}"' for name in names),
+        training=training,
+        published_epochs=_PUBLISHED_FIGURES[published]["epochs"] if published else None,
+        figures=figures_table(eval_results),
+        is_imagenet=list(config.id2label.values()) == IMAGENET_CLASSES,
+    )
+
+
+def figures_table(eval_results: list[EvalResult]) -> str:
+    """The results as a Markdown table, each with its settings and its source."""
+    if not eval_results:
+        return "None yet."
+    rows = ["| metric | value | data | settings | source |", "|---|---|---|---|---|"]
+    for result in eval_results:
+        settings = ", ".join(f"{name} {value}" for name, value in (result.metric_args or {}).items())
+        source = result.source_name or "unknown"
+        source = f"[{source}]({result.source_url})" if result.source_url else source
+        metric = result.metric_name or result.metric_type
+        rows.append(f"| {metric} | {result.metric_value} | {result.dataset_name} | {settings} | {source} |")
+    return "\n".join(rows)
+
+
+def published_results(preset: str, weights: str | None = "ema") -> list[EvalResult]:
+    """
+    The paper's figures for one of the published models. They hold for the EMA weights alone.
+
+    Args:
+        preset (`str`): `"base"`, `"large"` or `"huge"`.
+        weights (`str`, defaults to `"ema"`): which copy it is; there are no figures for the other.
+    """
+    if weights != "ema":
+        return []
+    unguided = {"guidance_scale": 1.0, "temperature": 0.94}
+    figures = [(metric, _PUBLISHED_FIGURES[preset][metric], unguided) for metric in _METRIC_NAMES]
+    if preset in _PUBLISHED_GUIDED_FID:
+        value, scale = _PUBLISHED_GUIDED_FID[preset]
+        figures.append(("fid", value, {"guidance_scale": scale, "temperature": 0.98}))
+    return [
+        EvalResult(
+            **TASK,
+            **IMAGENET,
+            **PUBLISHED,
+            metric_type=metric,
+            metric_name=_METRIC_NAMES[metric],
+            metric_value=value,
+            metric_args=settings,
+        )
+        for metric, value, settings in figures
+    ]
+
+
+def add_results(folder: Path, eval_results: list[EvalResult]):
+    """
+    Puts figures into the card of a pipeline folder, in place of earlier ones of the same metric and settings.
+
+    Args:
+        folder (`Path`): of a pipeline; without a `README.md` nothing happens.
+        eval_results (list of [`~huggingface_hub.EvalResult`]): new figures.
+    """
+    if not (folder / "README.md").exists():
+        return
+    card = ModelCard.load(folder / "README.md")
+    kept = [
+        old for old in card.data.eval_results or [] if not any(old.is_equal_except_value(new) for new in eval_results)
+    ]
+    card.data.eval_results = [*kept, *eval_results]
+    card.data.model_name = card.data.model_name or folder.name
+    card.text = _FIGURES.sub(lambda _: figures_table(card.data.eval_results), card.text)
+    card.save(folder / "README.md")
+
+
+def renamed(card: ModelCard, repo_id: str) -> ModelCard:
+    """The card with its snippets loading from another place."""
+    card.text = _LOADED_ID.sub(lambda _: repo_id, card.text)
+    return card
+
+
+def _facts(pipe: DiffusionPipeline) -> dict[str, str]:
+    config: DJEPAConfig = pipe.transformer.config
+    grid, sample = (" x ".join(map(str, shape)) for shape in (config.grid_size, config.sample_shape))
+    space = f"{'pixels' if config.num_channels in (1, 3) else f'samples of {config.num_channels} channels'}, {sample}"
+    if pipe.vae is not None:
+        stride = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        size = " x ".join(str(side * stride) for side in config.sample_shape)
+        space = f"images of {size} pixels, as latents of {config.num_channels} channels, {sample}, scaled by "
+        space += f"{pipe.vae.config.scaling_factor}"
+    elif config.latent_scaling_factor is not None:
+        space = f"latents of {config.num_channels} channels, {sample}, scaled by {config.latent_scaling_factor}"
+    copies = {"ema": "EMA (the moving average over training)", "online": "online (not the moving average)"}
+    return {
+        "parameters": f"{pipe.transformer.num_parameters():,}",
+        "weights": copies.get(config.weights, "unknown whether EMA or online"),
+        "works on": space,
+        "tokens": f"{config.num_tokens} ({grid}) of {config.token_size} numbers",
+        "context encoder": f"{config.num_hidden_layers} layers, width {config.hidden_size}",
+        "feature predictor": f"{config.predictor_num_hidden_layers} layers, width {config.predictor_hidden_size}",
+        "denoising MLP": f"{config.denoiser_num_hidden_layers} blocks, width {config.denoiser_hidden_size}",
+        "objective": config.objective.replace("_", " "),
+        "classes": f"{config.num_labels:,}",
+    }
