@@ -1,14 +1,30 @@
-"""Reading the authors' files: what is in them, what may be in them, and which weights are taken."""
+"""The authors' files: what is in them, what may be in them, which weights are taken, and the way back."""
 
 import argparse
 import logging
 import os
+from pathlib import Path
 
+import convert_official_checkpoint
 import pytest
 import torch
-from conftest import GOLDEN, golden_config, tiny_config
+from conftest import GOLDEN, golden_config, tiny_config, tiny_model, tiny_pretraining, tiny_vae
+from diffusers import AutoencoderKL
+from test_ldm_vae import ldm_tensors
 
-from djepa_hf import DDPMTokenScheduler, DJEPAConfig, DJEPAPipeline, FlowMatchTokenScheduler, load_official_checkpoint
+from djepa_hf import (
+    DDPMTokenScheduler,
+    DJEPAConfig,
+    DJEPAForPreTraining,
+    DJEPAModel,
+    DJEPAPipeline,
+    FlowMatchTokenScheduler,
+    load_official_checkpoint,
+)
+from djepa_hf.conversion import save_official_checkpoint
+from djepa_hf.conversion.files import find_file, written_whole
+from djepa_hf.conversion.names import to_official
+from djepa_hf.conversion.sizes import infer_config, preset_name, sizes_of_tensors
 
 
 def read(path):
@@ -17,11 +33,16 @@ def read(path):
 
 
 def rewrite(golden, path, change):
-    """A copy of the golden checkpoint after `change` of its content."""
+    """A copy of the golden checkpoint after `change` of its content, its tensors without prefix."""
     checkpoint = read(golden.path)
+    for key in ("model", "model_ema"):
+        checkpoint[key] = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint[key].items()}
     change(checkpoint)
     torch.save(checkpoint, path)
     return path
+
+
+# --- which weights
 
 
 def test_online_and_ema_weights_go_to_their_places(golden):
@@ -37,32 +58,137 @@ def test_online_and_ema_weights_go_to_their_places(golden):
     assert all(parameter.requires_grad for parameter in golden.model.djepa.parameters())
 
 
-def test_a_pipeline_takes_the_ema_weights_unless_told_otherwise(golden, caplog):
+def test_a_pipeline_takes_the_ema_weights_unless_told_otherwise(golden, caplog, tmp_path):
     with caplog.at_level(logging.WARNING):
-        pipe = DJEPAPipeline.from_single_file(golden.path, config=golden.config)
+        pipe = DJEPAPipeline.from_single_file(golden.path)
         assert "Taking the EMA weights" in caplog.text
-        online = DJEPAPipeline.from_single_file(golden.path, config=golden.config, weights="online")
+        online = DJEPAPipeline.from_single_file(golden.path, weights="online")
         assert "Taking the online weights" in caplog.text
     mask_token = pipe.transformer.predictor.mask_token
     assert torch.equal(mask_token, golden.model.target.predictor.mask_token)
     assert torch.equal(online.transformer.predictor.mask_token, golden.model.djepa.predictor.mask_token)
     assert mask_token.requires_grad
     assert isinstance(pipe.scheduler, FlowMatchTokenScheduler if golden.flow else DDPMTokenScheduler)
+    for choice, chosen in (("ema", pipe), ("online", online)):
+        chosen.save_pretrained(tmp_path / choice)
+        assert DJEPAPipeline.from_pretrained(tmp_path / choice).transformer.config.weights == choice
     with pytest.raises(ValueError, match="`weights` must be 'ema' or 'online', got 'raw'"):
-        DJEPAPipeline.from_single_file(golden.path, config=golden.config, weights="raw")
+        DJEPAPipeline.from_single_file(golden.path, weights="raw")
+
+
+def test_one_copy_is_enough_to_sample_from_but_not_to_train(golden, tmp_path):
+    path = rewrite(golden, tmp_path / "a.pth", lambda checkpoint: checkpoint.pop("model_ema"))
+    with pytest.raises(ValueError, match="with 'model_ema' in it; it has online weights: weights=\"online\""):
+        DJEPAPipeline.from_single_file(path)
+    pipe = DJEPAPipeline.from_single_file(path, weights="online")
+    assert torch.equal(pipe.transformer.predictor.mask_token, golden.model.djepa.predictor.mask_token)
+    with pytest.raises(ValueError, match="not an official D-JEPA checkpoint with 'model_ema' in it"):
+        load_official_checkpoint(path)
+
+
+def test_the_model_does_not_depend_on_the_file_any_longer(golden, tmp_path):
+    path = rewrite(golden, tmp_path / "a.pth", lambda checkpoint: None)
+    pipe, training = DJEPAPipeline.from_single_file(path), load_official_checkpoint(path)
+    with path.open("r+b") as file:  # in place: a map of the file would see it
+        file.write(bytes(path.stat().st_size))
+    for model in (pipe.transformer, training.target):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, golden.model.target.state_dict()[name])
+
+
+def test_types(golden):
+    pipe = DJEPAPipeline.from_single_file(golden.path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.bfloat16}
+    expected = golden.model.target.denoiser.layers[0].fc1.weight.bfloat16()
+    assert torch.equal(pipe.transformer.denoiser.layers[0].fc1.weight, expected)
+
+
+def test_values_too_large_for_float16_are_named(golden, tmp_path):
+    def enlarge(checkpoint):
+        checkpoint["model_ema"]["mask_token"][0, 0, 0] = 1e5
+
+    path = rewrite(golden, tmp_path / "a.pth", enlarge)
+    with pytest.raises(ValueError, match=r"beyond float16's range \(65504\) in predictor.mask_token \(up to 1e\+05\)"):
+        DJEPAPipeline.from_single_file(path, dtype=torch.float16)
+    DJEPAPipeline.from_single_file(path, dtype=torch.bfloat16)
+
+
+# --- sizes
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_files_of_compiled_and_of_plain_training_are_read(golden, tmp_path, prefix):
     def rename(checkpoint):
         for key in ("model", "model_ema"):
-            checkpoint[key] = {
-                prefix + name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint[key].items()
-            }
+            checkpoint[key] = {prefix + name: tensor for name, tensor in checkpoint[key].items()}
 
     model = load_official_checkpoint(rewrite(golden, tmp_path / "a.pth", rename), config=golden.config)
     for name, tensor in golden.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_sizes_come_from_the_shapes_and_from_the_options_in_the_file(golden):
+    config = load_official_checkpoint(golden.path).config
+    expected = golden.config.to_dict()
+    assert {name: value for name, value in config.to_dict().items() if expected[name] != value} == {}
+
+
+def test_what_neither_tells_is_asked_for_by_name(golden, tmp_path):
+    path = rewrite(golden, tmp_path / "a.pth", lambda checkpoint: checkpoint.pop("args"))
+    with pytest.raises(ValueError, match="do not tell `patch_size`, `num_channels`, `sample_size`: pass `config`"):
+        DJEPAPipeline.from_single_file(path)
+    pipe = DJEPAPipeline.from_single_file(path, config={"patch_size": 1})
+    assert pipe.transformer.config.num_channels == golden.config.num_channels
+    pipe = DJEPAPipeline.from_single_file(path, config={"patch_size": 2})  # a token is four grey pixels
+    assert (pipe.transformer.config.num_channels, pipe.transformer.config.sample_size) == (1, 8)
+    pipe = DJEPAPipeline.from_single_file(path, vae=tiny_vae(4))  # the autoencoder tells, too
+    assert (pipe.transformer.config.num_channels, pipe.transformer.config.patch_size) == (4, 1)
+
+
+def test_heads_are_asked_for_without_qk_norm(golden, tmp_path):
+    def without_qk_norm(checkpoint):
+        for key in ("model", "model_ema"):
+            for name in [name for name in checkpoint[key] if "_norm.weight" in name and ".attn." in name]:
+                del checkpoint[key][name]
+
+    path = rewrite(golden, tmp_path / "a.pth", without_qk_norm)
+    with pytest.raises(ValueError, match=r"do not tell `num_attention_heads`: .*config=\{'num_attention_heads': ...\}"):
+        load_official_checkpoint(path)
+    config = load_official_checkpoint(path, config={"num_attention_heads": 8}).config
+    assert (config.num_attention_heads, config.predictor_num_attention_heads, config.qk_norm) == (8, 8, False)
+
+
+@pytest.mark.parametrize("preset", ["base", "large", "huge"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_presets_are_known_by_their_shapes(preset, qk_norm):
+    config = DJEPAConfig.from_preset(preset, qk_norm=qk_norm)
+    with torch.device("meta"):
+        tensors = to_official(DJEPAModel(config).state_dict())
+    inferred = infer_config(Path("file"), tensors)
+    assert preset_name(inferred) == preset
+    assert inferred.latent_scaling_factor == 0.2325
+    inferred.latent_scaling_factor = None
+    assert inferred.to_dict() == {**config.to_dict(), "prediction_loss_weight": inferred.prediction_loss_weight}
+    assert inferred.id2label[207] == "golden retriever"
+    assert sizes_of_tensors(tensors).get("num_attention_heads") == (config.num_attention_heads if qk_norm else None)
+
+
+def test_a_file_of_another_preset_is_refused_in_few_words(golden):
+    with pytest.raises(
+        ValueError, match="does not fit `config`: hidden_size is 32 in the file, 768 in `config`"
+    ) as error:
+        DJEPAPipeline.from_single_file(golden.path, config=DJEPAConfig.from_preset("base"))
+    assert "num_hidden_layers is 2 in the file, 12 in `config`" in str(error.value)
+    assert len(str(error.value)) < 6000
+    with pytest.raises(ValueError, match="num_labels is 10 in the file, 2 in `config`"):
+        DJEPAPipeline.from_single_file(golden.path, config={"id2label": {0: "a", 1: "b"}})
+    with pytest.raises(ValueError, match="has num_tokens 16; `sample_size` 8, `patch_size` 1"):
+        DJEPAPipeline.from_single_file(golden.path, config={"sample_size": 8})
+
+
+def test_names_can_be_given(golden):
+    names = {i: f"digit {i}" for i in range(10)}
+    assert DJEPAPipeline.from_single_file(golden.path, config={"id2label": names}).get_label_ids("Digit_7") == [7]
 
 
 def test_training_without_prediction_loss_is_recognized(golden, tmp_path, caplog):
@@ -79,34 +205,24 @@ def test_training_without_prediction_loss_is_recognized(golden, tmp_path, caplog
     assert "was trained without the prediction loss" in caplog.text
 
 
-def test_what_does_not_fit_is_listed(golden, tmp_path):
+# --- bad files
+
+
+def test_all_that_does_not_fit_is_listed_in_one_error(golden, tmp_path):
     def damage(checkpoint):
-        model = checkpoint["model"]
-        prefix = "_orig_mod." if any(name.startswith("_orig_mod.") for name in model) else ""
-        del model[f"{prefix}mask_token"]
-        model[f"{prefix}surplus"] = torch.zeros(1)
-        model[f"{prefix}buffer"] = torch.zeros(1, 7, 32)
+        for key in ("model", "model_ema"):
+            del checkpoint[key]["mask_token"]
+            checkpoint[key]["surplus"] = torch.zeros(1)
+            checkpoint[key]["decoder_norm.bias"] = torch.zeros(7)
 
     path = rewrite(golden, tmp_path / "a.pth", damage)
-    with pytest.raises(ValueError, match="does not fit") as error:
-        load_official_checkpoint(path, config=golden.config)
-    assert "missing djepa.predictor.mask_token" in str(error.value)
-    assert "unexpected djepa.surplus" in str(error.value)
-    assert "djepa.encoder.buffer_tokens is (1, 7, 32), not (1, 4, 32)" in str(error.value)
-    with pytest.raises(ValueError, match=r"does not fit the configuration: .* is \("):
+    for load in (load_official_checkpoint, DJEPAPipeline.from_single_file):
+        with pytest.raises(ValueError, match="does not fit") as error:
+            load(path)
+        for problem in ("missing: mask_token.", "unexpected: surplus.", "decoder_norm.bias is (7,), not (32,)."):
+            assert problem in str(error.value)
+    with pytest.raises(ValueError, match="does not fit"):
         load_official_checkpoint(golden.path, config=tiny_config())
-
-
-def test_presets_come_from_the_file_or_are_asked_for(golden, tmp_path):
-    with pytest.raises(ValueError, match=r"names no known preset .*: pass `config`"):
-        load_official_checkpoint(golden.path)
-
-    def name_preset(checkpoint):
-        checkpoint["args"].model = "djepa_base"
-
-    with pytest.raises(ValueError, match=r"djepa.encoder.buffer_tokens is \(1, 4, 32\), not \(1, 64, 768\)"):
-        load_official_checkpoint(rewrite(golden, tmp_path / "a.pth", name_preset))
-    assert DJEPAConfig.from_preset("base").hidden_size == 768
 
 
 class Payload:
@@ -117,18 +233,201 @@ class Payload:
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {}, "model_ema": {}, "args": Payload()}, "evil.pth")
-    with pytest.raises(ValueError, match="no checkpoint that can be read safely"):
-        load_official_checkpoint("evil.pth")
+    for load in (load_official_checkpoint, DJEPAPipeline.from_single_file):
+        with pytest.raises(ValueError, match=r"evil.pth holds a (posix|nt|os).system, .*nothing was run"):
+            load("evil.pth")
     assert not (tmp_path / "executed").exists()
+    torch.save({"model": {}, "args": tmp_path}, "path.pth")
+    with pytest.raises(ValueError, match=r"path.pth holds a pathlib\S*Path"):
+        load_official_checkpoint("path.pth")
 
 
 def test_other_files_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="is not an official D-JEPA checkpoint: it has no entry 'model'"):
+    with pytest.raises(ValueError, match=r"with 'model' in it; its entries are \['state_dict'\]"):
         load_official_checkpoint(tmp_path / "other.pth")
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="it holds a list, not a dict"):
+        load_official_checkpoint(tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("weights")
+    with pytest.raises(ValueError, match=r"text\.pth is not a checkpoint"):
+        load_official_checkpoint(tmp_path / "text.pth")
     data = (GOLDEN / "official_flow.pth").read_bytes()
-    (tmp_path / "half.pth").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="is not a complete PyTorch file"):
-        load_official_checkpoint(tmp_path / "half.pth")
-    with pytest.raises(FileNotFoundError):
+    for size in (3, len(data) // 2, len(data) - 100):
+        (tmp_path / "half.pth").write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"half\.pth is damaged"):
+            load_official_checkpoint(tmp_path / "half.pth")
+    with pytest.raises(FileNotFoundError, match="There is no file"):
         load_official_checkpoint(tmp_path / "nowhere.pth")
+
+
+def test_files_from_before_pytorch_1_6_are_read(golden, tmp_path):
+    torch.save(read(golden.path), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    model = load_official_checkpoint(tmp_path / "old.pth")
+    assert torch.equal(model.target.predictor.mask_token, golden.model.target.predictor.mask_token)
+
+
+def test_a_mar_checkpoint_is_called_by_its_name(golden, tmp_path):
+    def like_mar(checkpoint):
+        checkpoint["args"] = argparse.Namespace(model="mar_base")
+        checkpoint["model_ema"]["diffusion_pos_embed_learned"] = torch.zeros(1, 16, 32)
+
+    with pytest.raises(ValueError, match="This is a checkpoint of MAR, not of D-JEPA"):
+        DJEPAPipeline.from_single_file(rewrite(golden, tmp_path / "mar.pth", like_mar))
+
+
+def test_a_vae_with_another_scaling_factor_is_refused(tmp_path):
+    model = tiny_model(num_channels=16, sample_size=4, patch_size=1, objective="diffusion")
+    args = argparse.Namespace(img_size=64, vae_stride=16, vae_embed_dim=16, patch_size=1)
+    torch.save({"model_ema": to_official(model.state_dict()), "args": args}, tmp_path / "a.pth")
+    vae = tiny_vae(16)
+    with pytest.raises(ValueError, match=r"latents times 0.2325, but the VAE's `scaling_factor` is 0.5"):
+        DJEPAPipeline.from_single_file(tmp_path / "a.pth", vae=vae)
+    vae.register_to_config(scaling_factor=0.2325)
+    assert DJEPAPipeline.from_single_file(tmp_path / "a.pth", vae=vae).vae is vae
+    vae.save_pretrained(tmp_path / "vae")  # the message's advice
+    assert AutoencoderKL.from_pretrained(tmp_path / "vae", scaling_factor=0.5).config.scaling_factor == 0.5
+
+
+# --- the way back
+
+
+def test_the_way_there_and_back_keeps_every_bit(golden, tmp_path):
+    save_official_checkpoint(golden.model, tmp_path / "back.pth")
+    original, back = read(golden.path), read(tmp_path / "back.pth")
+    for key in ("model", "model_ema"):
+        before = {name.removeprefix("_orig_mod."): tensor for name, tensor in original[key].items()}
+        assert before.keys() == back[key].keys()
+        for name, tensor in before.items():
+            if key == "model" or "jepaloss" not in name:  # of whose average there is only the online copy
+                assert torch.equal(tensor, back[key][name])
+    model = load_official_checkpoint(tmp_path / "back.pth")
+    assert model.config.to_dict() == golden.model.config.to_dict()
+
+
+def test_a_configuration_survives_the_official_layout(tmp_path):
+    options = {"qk_norm": False, "mask_ratio_min": 0.2, "num_attention_heads": 2, "predictor_num_attention_heads": 8}
+    for model in (tiny_pretraining(**options), tiny_model(**options)):
+        path = tmp_path / f"{type(model).__name__}.pth"
+        save_official_checkpoint(model, path)
+        training = load_official_checkpoint(path)
+        expected = model.state_dict()
+        prefix = "djepa." if isinstance(model, DJEPAModel) else ""
+        for name, tensor in expected.items():
+            assert torch.equal(training.state_dict()[prefix + name], tensor)
+        config = training.config.to_dict()
+        expected = {**model.config.to_dict(), "prediction_loss_weight": config["prediction_loss_weight"]}
+        assert config == expected
+    with pytest.raises(ValueError, match="square images only"):
+        save_official_checkpoint(tiny_model(sample_size=(4, 8)), tmp_path / "wide.pth")
+    with pytest.raises(ValueError, match="exists already"):
+        save_official_checkpoint(model, path)
+
+
+# --- files
+
+
+def test_an_interruption_leaves_nothing_that_looks_finished(tmp_path):
+    def interrupted():
+        with written_whole(tmp_path / "out") as folder:
+            folder.mkdir()
+            (folder / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    with written_whole(tmp_path / "out") as folder:
+        folder.mkdir()
+        (folder / "whole").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+    with pytest.raises(ValueError, match="out exists already"):
+        written_whole(tmp_path / "out").__enter__()
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    argv = ["--checkpoint_path", "nowhere.pth", "--output_path", str(tmp_path / "file" / "out")]
+    with pytest.raises(ValueError, match=r"Cannot write to .*file: (Not a directory|File exists)"):
+        convert_official_checkpoint.main(argv)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give up its permissions")
+def test_missing_permission_is_named(tmp_path):
+    tmp_path.chmod(0o755)
+    try:
+        os.seteuid(65534)
+        with pytest.raises(ValueError, match=r"Cannot write to .*: Permission denied"):
+            written_whole(tmp_path / "out").__enter__()
+    finally:
+        os.seteuid(0)
+
+
+def test_files_of_the_hub_are_told_from_local_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"There is no file nowhere\.pth"):
+        find_file("nowhere.pth")
+    (tmp_path / "here" / "there").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        find_file("here/there/nowhere.pth")
+
+
+# --- the script
+
+
+def test_the_script_writes_a_pipeline_and_says_what_is_in_it(golden, tmp_path, capsys):
+    torch.save({"model": ldm_tensors()}, tmp_path / "kl.ckpt")
+    argv = ["--checkpoint_path", str(golden.path), "--vae", str(tmp_path / "kl.ckpt")]
+    convert_official_checkpoint.main([*argv, "--output_path", str(tmp_path / "out"), "--max_shard_size", "100KB"])
+    summary = capsys.readouterr().out
+    for line in ("99 tensors, 77,", "EMA", "none of the paper's", "10: LABEL_0 ... LABEL_9", "scaling factor 0.2325"):
+        assert line in summary
+    assert len(list((tmp_path / "out" / "transformer").glob("model-0*.safetensors"))) > 1
+    pipe = DJEPAPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.vae.config.scaling_factor == 0.2325
+    assert "EMA (the moving average" in (tmp_path / "out" / "README.md").read_text()
+    for name, tensor in golden.model.target.state_dict().items():
+        assert torch.equal(pipe.transformer.state_dict()[name], tensor)
+    assert {path.name for path in tmp_path.iterdir()} == {"kl.ckpt", "out"}
+    # and back
+    back = ["--reverse", "--checkpoint_path", str(tmp_path / "out"), "--output_path", str(tmp_path / "back.pth")]
+    convert_official_checkpoint.main(back)
+    original, back = read(golden.path)["model_ema"], read(tmp_path / "back.pth")["model_ema"]
+    for name, tensor in back.items():
+        assert torch.equal(tensor, {key.removeprefix("_orig_mod."): value for key, value in original.items()}[name])
+
+
+def test_the_script_converts_the_autoencoder_alone(tmp_path, capsys):
+    tensors = ldm_tensors()
+    torch.save({"model": tensors}, tmp_path / "kl.ckpt")
+    convert_official_checkpoint.main(["--vae", str(tmp_path / "kl.ckpt"), "--output_path", str(tmp_path / "vae")])
+    assert f"{len(tensors)} tensors" in capsys.readouterr().out
+    assert AutoencoderKL.from_pretrained(tmp_path / "vae").config.scaling_factor == 0.2325
+
+
+def test_the_script_converts_a_training_checkpoint_back(tmp_path):
+    model = tiny_pretraining()
+    model.save_pretrained(tmp_path / "checkpoint")
+    argv = ["--reverse", "--checkpoint_path", str(tmp_path / "checkpoint"), "--output_path", str(tmp_path / "a.pth")]
+    convert_official_checkpoint.main(argv)
+    reread = load_official_checkpoint(tmp_path / "a.pth")
+    assert isinstance(reread, DJEPAForPreTraining)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(reread.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "Say what to convert"),
+        (["--reverse"], "Say what to convert"),
+        (["--checkpoint_path", "a.pth", "--push_to_hub"], "There is no Hugging Face token"),
+        (["--checkpoint_path", str(GOLDEN / "official_ddpm.pth"), "--published"], "this file has other sizes"),
+    ],
+)
+def test_the_script_refuses(tmp_path, monkeypatch, argv, message):
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ValueError, match=message):
+        convert_official_checkpoint.main([*argv, "--output_path", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

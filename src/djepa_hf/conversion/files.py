@@ -122,9 +122,9 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         ValueError: on entering, so before the work, if `path` exists already or its folder cannot be written to.
     """
     path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"{path} exists already: choose another name, or remove it first.")
     try:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise ValueError(f"{path} exists already: choose another name, or remove it first.")
         path.parent.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}-unfinished-", dir=path.parent))
     except OSError as error:
