@@ -1,5 +1,6 @@
 """How a pipeline comes from files and from the Hub, and gets there."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -90,6 +91,13 @@ class PipelineHubMixin:
         if push_to_hub:
             check_token(kwargs.get("token"))
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        if variant is not None:
+            # All variants share one configuration, so that it must not name the type of this one: transformers would
+            # load the others in it. Without it, weights load as they are stored.
+            configuration = Path(save_directory) / "transformer" / "config.json"
+            shared = json.loads(configuration.read_text())
+            shared.pop("dtype", None)
+            configuration.write_text(json.dumps(shared, indent=2) + "\n")
         if brings_its_code(self) if self_contained is None else self_contained:
             write_code(self, save_directory)
         if push_to_hub:
