@@ -5,7 +5,7 @@
 
 Prints the share of generated digits that the classifier reads as the label asked for, and the Fréchet distance of its
 hidden features from generated to held-out real digits, beside the same distance from the real training digits. Writes
-`metrics.json` and `samples.png`, ten digits of each class, into the pipeline's folder.
+`metrics.json` and `samples.png`, ten digits of each class, into the pipeline's folder, and the figures into its card.
 """
 
 import json
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import EvalResult
 from PIL import Image
 
 from djepa_hf import DJEPAPipeline
 from djepa_hf.arguments import SamplingArguments, parse_arguments
 from djepa_hf.data import load_digits
 from djepa_hf.metrics import DigitJudge, class_agreement, frechet_distance
+from djepa_hf.model_card import TASK, add_results
 from djepa_hf.visualization import labelled_grid
 
 
@@ -38,6 +40,34 @@ def real_digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     data = load_digits(split)
     images = np.stack([np.asarray(image, dtype=np.float32) for image in data["image"]]) / 255
     return torch.from_numpy(images).unsqueeze(1), torch.tensor(data["label"])
+
+
+def card_results(results: dict) -> list[EvalResult]:
+    """The figures as the model card's metadata wants them."""
+    about = {
+        **TASK,
+        "dataset_type": "digits",
+        "dataset_name": "handwritten digits of scikit-learn, held out",
+    }
+    settings = {name: results["sampling"][name] for name in ("guidance_scale", "num_inference_steps")}
+    settings |= {"num_denoising_steps": results["sampling"]["num_denoising_steps"], "num_images": results["num_images"]}
+    agreement, distance = round(results["class_agreement"], 4), round(results["frechet_distance"], 3)
+    return [
+        EvalResult(
+            **about,
+            metric_type="accuracy",
+            metric_name="Class agreement with a classifier of real digits",
+            metric_value=agreement,
+            metric_args=settings,
+        ),
+        EvalResult(
+            **about,
+            metric_type="frechet_distance",
+            metric_name="Fréchet distance of that classifier's features",
+            metric_value=distance,
+            metric_args=settings,
+        ),
+    ]
 
 
 def main(argv: list[str] | None = None):
@@ -70,6 +100,7 @@ def main(argv: list[str] | None = None):
     }
     folder = Path(args.pipeline)
     (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    add_results(folder, card_results(results))
     pictures = [Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8)) for image in images]
     rows = [(config.id2label[i], pictures[i :: config.num_labels][:10]) for i in range(config.num_labels)]
     labelled_grid(rows).save(folder / "samples.png")

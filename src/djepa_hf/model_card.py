@@ -1,5 +1,6 @@
 """Model cards: what a published pipeline says of itself."""
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,6 @@ from .imagenet_classes import IMAGENET_CLASSES
 TASK = {"task_type": "unconditional-image-generation", "task_name": "Class-conditional image generation"}
 IMAGENET = {"dataset_type": "ILSVRC/imagenet-1k", "dataset_name": "ImageNet 256x256"}
 PUBLISHED = {"source_name": "published by the authors", "source_url": "https://arxiv.org/abs/2410.03755"}
-MEASURED = {"source_name": "measured here"}
 
 # Paper, Tables 1 and 2. The settings stand beside each figure, because FID means little without them.
 _PUBLISHED_FIGURES = {
@@ -48,7 +48,8 @@ def create_model_card(
         pipe ([`DJEPAPipeline`]): to describe.
         repo_id (`str`): from where it will be loaded.
         training (`str`, *optional*): data and recipe, in Markdown.
-        eval_results (iterable of [`~huggingface_hub.EvalResult`], *optional*): figures; `source_name` says whose.
+        eval_results (iterable of [`~huggingface_hub.EvalResult`], *optional*): figures. Those with a `source_name` are
+            its, the others are called "measured here".
         sampling (`dict`, *optional*): arguments of the call that suit the model best.
         self_contained (`bool`, defaults to `False`): whether the folder brings its own code.
         license (`str`, *optional*): the weights', as the Hub writes it.
@@ -80,7 +81,7 @@ def create_model_card(
         model_name=name,
         repo_id=repo_id,
         facts=_facts(pipe),
-        call=", ".join([repr(names[-1]), *(f"{option}={value!r}" for option, value in sampling.items())]),
+        call=", ".join([json.dumps(names[-1]), *(f"{name}={json.dumps(value)}" for name, value in sampling.items())]),
         makes_pictures=pipe.vae is not None or config.num_channels in (1, 3),
         self_contained=self_contained,
         example_names=", ".join(f'"{name}"' for name in names),
@@ -98,8 +99,7 @@ def figures_table(eval_results: list[EvalResult]) -> str:
     rows = ["| metric | value | data | settings | source |", "|---|---|---|---|---|"]
     for result in eval_results:
         settings = ", ".join(f"{name} {value}" for name, value in (result.metric_args or {}).items())
-        source = result.source_name or "unknown"
-        source = f"[{source}]({result.source_url})" if result.source_url else source
+        source = f"[{result.source_name}]({result.source_url})" if result.source_name else "measured here"
         metric = result.metric_name or result.metric_type
         rows.append(f"| {metric} | {result.metric_value} | {result.dataset_name} | {settings} | {source} |")
     return "\n".join(rows)
