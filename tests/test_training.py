@@ -13,6 +13,7 @@ import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import tiny_vae
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -114,6 +115,58 @@ def test_a_used_folder_and_impossible_previews_are_refused_before_training(digit
     with pytest.raises(ValueError, match=r"`num_inference_steps` must lie in 1..16"):
         run(tmp_path, **{**DIGITS, "num_inference_steps": 17})
     assert not list(tmp_path.iterdir())
+
+
+def assert_continues(output_dir, before: dict[str, torch.Tensor], decay: float):
+    """After one step, the average is still the one that training started from, but for its share of the new weights."""
+    after = DJEPAForPreTraining.from_pretrained(output_dir / "checkpoint-1")
+    for name, tensor in before.items():
+        expected = torch.lerp(tensor, after.djepa.state_dict()[name], 1 - decay)
+        torch.testing.assert_close(after.target.state_dict()[name], expected)
+
+
+def test_training_continues_from_an_official_file(golden, tmp_path):
+    tiny_vae(4).save_pretrained(tmp_path / "vae")
+    options = {"dataset_name": "digits", "resolution": 8, "pretrained_vae_model_name_or_path": tmp_path / "vae"}
+    options |= {"max_train_steps": 1, "checkpointing_steps": 1, "num_inference_steps": 2, "num_denoising_steps": 2}
+    out = run(tmp_path / "out", **options, init_from=golden.path, ema_decay=0.99, hidden_dropout_prob=0.2)
+    assert_continues(out, golden.model.target.state_dict(), 0.99)
+    head = DJEPAForPreTraining.from_pretrained(out / "checkpoint-1").prediction_head
+    torch.testing.assert_close(head.fc1.weight, golden.model.prediction_head.fc1.weight, rtol=0, atol=1e-3)
+    config = DJEPAPipeline.from_pretrained(out).transformer.config
+    assert config.objective == golden.config.objective
+    assert (config.id2label[3], config.hidden_dropout_prob, config.latent_scaling_factor) == ("3", 0.2, 0.5)
+    assert f"It started from the weights of `{golden.path}`" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["", "checkpoint-45"])
+def test_training_continues_from_our_own(digits_run, tmp_path, part):
+    options = {name: value for name, value in DIGITS.items() if name != "hidden_size"}
+    options |= {"max_train_steps": 1, "checkpointing_steps": 1, "ema_decay": 0.99}
+    out = run(tmp_path, **options, init_from=digits_run / part)
+    assert_continues(out, DJEPAModel.from_pretrained(digits_run / "transformer").state_dict(), 0.99)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(golden, digits_run, tmp_path):
+    options = {**DIGITS, "hidden_size": 64, "init_from": digits_run}
+    with pytest.raises(ValueError, match="does not fit: hidden_size is 32, not 64"):
+        run(tmp_path / "a", **options)
+    with pytest.raises(ValueError, match="num_hidden_layers is 2 in the file, 1 in `config`"):
+        run(tmp_path / "b", **{**DIGITS, "init_from": golden.path})
+    for name, colour in (("cat", "red"), ("dog", "blue")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), colour == "red").save(tmp_path / "images" / name / "1.png")
+    options = {**TINY, "train_data_dir": tmp_path / "images", "resolution": 8, "init_from": digits_run}
+    with pytest.raises(ValueError, match="num_labels is 10, not 2"):
+        run(tmp_path / "c", **options)
+
+
+def test_the_result_has_a_card(digits_run):
+    card = ModelCard.load(digits_run / "README.md")
+    assert f'from_pretrained("{digits_run}")' in card.text
+    assert "On 1,347 images of digits: 45 steps with a batch of 32, AdamW" in card.text
+    assert "num_inference_steps=2, num_denoising_steps=2" in card.text
+    assert "EMA (the moving average" in card.text
 
 
 def test_two_processes_train_together(tmp_path):

@@ -56,6 +56,8 @@ def load_for_training(name_or_path: str | os.PathLike, options: dict[str, Any]) 
     config = DJEPAConfig.from_pretrained(name_or_path, **where)
     wanted = DJEPAConfig(**{**config.to_diff_dict(), "weights": None, **options})
     compared = [*(name for name in options if name not in _RECIPE | {"id2label"}), "num_labels"]
+    if config.latent_scaling_factor is None and "latent_scaling_factor" in compared:
+        compared.remove("latent_scaling_factor")  # unknown so far
     differing = [name for name in compared if getattr(wanted, name) != getattr(config, name)]
     if differing:
         lists = "; ".join(f"{name} is {getattr(config, name)}, not {getattr(wanted, name)}" for name in differing)

@@ -116,8 +116,10 @@ def infer_config(
             f"The tensors of {path} do not tell {', '.join(f'`{name}`' for name in open_sizes)}: pass `config` with "
             f"it, such as config={{{open_sizes[0]!r}: ...}}."
         )
-    if options["num_channels"] == KL16_CHANNELS:
-        options.setdefault("latent_scaling_factor", KL16_SCALING_FACTOR)
+    if options["num_channels"] == KL16_CHANNELS and "djepa_hf" not in args:
+        factor = options.setdefault("latent_scaling_factor", KL16_SCALING_FACTOR)
+        if factor != KL16_SCALING_FACTOR:
+            raise ValueError(f"{path} was trained on latents times {KL16_SCALING_FACTOR}, not {factor}.")
     config = DJEPAConfig(**options)
     for name, found in (("num_tokens", num_tokens), ("token_size", token_size)):
         if found is not None and getattr(config, name) != found:
