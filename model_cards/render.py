@@ -42,6 +42,7 @@ def main():
         published_card(preset).save(FOLDER / f"djepa-{preset}.md")
     if args.digits:
         card = renamed(ModelCard.load(args.digits / "README.md"), f"{OWNER}/djepa-digits")
+        card.data.license = "apache-2.0"
         card.save(FOLDER / "djepa-digits.md")
 
 

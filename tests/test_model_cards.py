@@ -75,7 +75,9 @@ def test_code_runs(name, tmp_path, monkeypatch):
         pipe = tiny_pipeline(tiny_vae(4), **sizes)
     pipe.save_pretrained(f"your-org/{name}", self_contained=True)
     first, *rest = snippets(load(name))
-    exec(first.replace("generator=", "num_denoising_steps=1, generator=") if "denoising" not in first else first, {})
+    exec(
+        first.replace("generator=", "num_denoising_steps=1,\n    generator=") if "denoising" not in first else first, {}
+    )
     with Image.open("sample.png") as picture:
         assert picture.width >= 8
     assert len(rest) == (name != "djepa-digits")
@@ -132,4 +134,7 @@ def test_new_figures_take_the_place_of_old_ones(tmp_path):
 def test_snippets_follow_a_card_to_its_repository():
     card = renamed(create_model_card(tiny_pipeline(), "here/first", self_contained=True), "there/second")
     assert card.text.count('from_pretrained("there/second"') == 2
+    assert (card.data.model_name, "\n# second\n" in card.text) == ("second", True)
     assert "here/first" not in card.text
+    card.data.model_name = "A name of its own"
+    assert renamed(card, "there/third").data.model_name == "A name of its own"

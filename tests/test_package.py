@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_pipeline
+import torch
+from conftest import tiny_model, tiny_pipeline
 from PIL import Image
+from test_ldm_vae import ldm_tensors
+
+from djepa_hf.conversion import save_official_checkpoint
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,7 +30,7 @@ def test_readme_links_lead_somewhere(path):
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):
-    generate, swap_scheduler, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    generate, swap_scheduler, published, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     tiny_pipeline(id2label={i: str(i) for i in range(10)}).save_pretrained("outputs/digits")
     names = {}
@@ -35,3 +39,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     names["pipe"] = tiny_pipeline(objective="diffusion")
     exec(swap_scheduler, names)
     assert names["pipe"](0, num_inference_steps=2, num_denoising_steps=2).images
+    save_official_checkpoint(tiny_model(sample_size=8, patch_size=1, num_channels=16, id2label=None), "djepa_base.pth")
+    torch.save({"model": ldm_tensors(latents=16)}, "kl16.ckpt")
+    exec(published, names)
+    assert [image.size for image in names["images"]] == [(32, 32)] * 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ class PipelineHubMixin:
         index = super()._dict_from_json_file(json_file)
         if not cls.__module__.startswith(_PACKAGE):
             return index
-        library = __import__(_PACKAGE)
+        library = sys.modules[_PACKAGE]
         for name, value in index.items():
             if isinstance(value, list) and value[0] not in (None, _PACKAGE) and hasattr(library, value[1]):
                 index[name] = value[1] if name == "_class_name" else [_PACKAGE, value[1]]

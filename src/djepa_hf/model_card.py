@@ -81,7 +81,7 @@ def create_model_card(
         model_name=name,
         repo_id=repo_id,
         facts=_facts(pipe),
-        call=", ".join([json.dumps(names[-1]), *(f"{name}={json.dumps(value)}" for name, value in sampling.items())]),
+        call=[json.dumps(names[-1]), *(f"{option}={json.dumps(value)}" for option, value in sampling.items())],
         makes_pictures=pipe.vae is not None or config.num_channels in (1, 3),
         self_contained=self_contained,
         example_names=", ".join(f'"{name}"' for name in names),
@@ -155,7 +155,12 @@ def add_results(folder: Path, eval_results: list[EvalResult]):
 
 
 def renamed(card: ModelCard, repo_id: str) -> ModelCard:
-    """The card with its snippets loading from another place."""
+    """The card for another place: its snippets load from there, and what was called after the old place follows."""
+    old = _LOADED_ID.search(card.text)
+    if old and card.data.model_name == old[0].rpartition("/")[2]:
+        name = repo_id.rpartition("/")[2]
+        card.text = card.text.replace(f"\n# {card.data.model_name}\n", f"\n# {name}\n", 1)
+        card.data.model_name = name
     card.text = _LOADED_ID.sub(lambda _: repo_id, card.text)
     return card
 
