@@ -165,7 +165,7 @@ def test_the_result_has_a_card(digits_run):
     card = ModelCard.load(digits_run / "README.md")
     assert f'from_pretrained("{digits_run}")' in card.text
     assert "On 1,347 images of digits: 45 steps with a batch of 32, AdamW" in card.text
-    assert "num_inference_steps=2, num_denoising_steps=2" in card.text
+    assert "    num_inference_steps=2,\n    num_denoising_steps=2,\n" in card.text
     assert "EMA (the moving average" in card.text
 
 
