@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL
 
 from djepa_hf import DJEPAForPreTraining, DJEPAPipeline
 from djepa_hf.arguments import parse_arguments
-from djepa_hf.conversion import load_ldm_vae, save_official_checkpoint
+from djepa_hf.conversion import save_official_checkpoint
 from djepa_hf.conversion.files import written_whole
 from djepa_hf.conversion.sizes import preset_name
 from djepa_hf.hub import check_token, upload_pipeline
-from djepa_hf.loading import OFFICIAL_SUFFIXES, load_model
-from djepa_hf.model_card import create_model_card
+from djepa_hf.loading import load_model, load_vae
+from djepa_hf.model_card import create_model_card, renamed
 
 SIZES = ("num_attention_heads", "predictor_num_attention_heads", "sample_size", "patch_size", "num_channels")
 
@@ -65,18 +64,22 @@ class ConversionArguments:
     def __post_init__(self):
         if self.checkpoint_path is None and (self.reverse or self.vae is None):
             raise ValueError("Say what to convert: `checkpoint_path`, or `vae` alone.")
+        if self.reverse:
+            unused = (
+                "vae",
+                "vae_scaling_factor",
+                "dtype",
+                "variant",
+                "self_contained",
+                "published",
+                "push_to_hub",
+                *SIZES,
+            )
+            for name in unused:
+                if getattr(self, name):
+                    raise ValueError(f"`{name}` has no meaning with `reverse`: leave it out.")
         if self.push_to_hub:
             check_token(None)
-
-
-def load_vae(args: ConversionArguments) -> AutoencoderKL | None:
-    """The autoencoder, from the authors' layout or from diffusers'."""
-    if args.vae is None:
-        return None
-    factor = {} if args.vae_scaling_factor is None else {"scaling_factor": args.vae_scaling_factor}
-    if args.vae.endswith(OFFICIAL_SUFFIXES):
-        return load_ldm_vae(args.vae, **factor)
-    return AutoencoderKL.from_pretrained(args.vae, **factor)
 
 
 def described(model: torch.nn.Module) -> str:
@@ -89,7 +92,7 @@ def described(model: torch.nn.Module) -> str:
 def convert_pipeline(args: ConversionArguments) -> dict[str, str]:
     """One of the authors' training files to a pipeline folder, and its summary."""
     with written_whole(args.output_path) as folder:
-        vae = load_vae(args)
+        vae = load_vae(args.vae, args.vae_scaling_factor) if args.vae else None
         config = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
         dtype = getattr(torch, args.dtype) if args.dtype else None
         pipe = DJEPAPipeline.from_single_file(args.checkpoint_path, vae, args.weights, dtype, config)
@@ -97,14 +100,14 @@ def convert_pipeline(args: ConversionArguments) -> dict[str, str]:
             vae.to(dtype)
         config = pipe.transformer.config
         preset = preset_name(config)
+        repo_id = args.hub_model_id or str(Path(args.output_path))
         if args.published and preset is None:
             raise ValueError("`published`: the authors published base, large and huge; this file has other sizes.")
+        published = preset if args.published else None
+        card = create_model_card(pipe, repo_id, published=published, self_contained=args.self_contained)
         pipe.save_pretrained(
             folder, variant=args.variant, max_shard_size=args.max_shard_size, self_contained=args.self_contained
         )
-        repo_id = args.hub_model_id or str(args.output_path)
-        published = preset if args.published else None
-        card = create_model_card(pipe, repo_id, published=published, self_contained=args.self_contained)
         card.save(folder / "README.md")
     summary = {
         "model": described(pipe.transformer),
@@ -115,19 +118,21 @@ def convert_pipeline(args: ConversionArguments) -> dict[str, str]:
         "VAE": "none" if vae is None else f"{described(vae)}, scaling factor {vae.config.scaling_factor}",
     }
     if args.push_to_hub:
-        repo_id = args.hub_model_id or Path(args.output_path).name
-        summary["uploaded"] = upload_pipeline(pipe, args.output_path, repo_id, model_card=card)
+        repo_id = args.hub_model_id or Path(args.output_path).resolve().name
+        summary["uploaded"] = upload_pipeline(pipe, args.output_path, repo_id, model_card=renamed(card, repo_id))
     return summary
 
 
 def convert_vae(args: ConversionArguments) -> dict[str, str]:
     """The authors' autoencoder to a folder of its own, and its summary."""
     with written_whole(args.output_path) as folder:
-        vae = load_vae(args)
-        vae.save_pretrained(folder)
+        vae = load_vae(args.vae, args.vae_scaling_factor)
+        if args.dtype:
+            vae.to(getattr(torch, args.dtype))
+        vae.save_pretrained(folder, variant=args.variant)
     summary = {"VAE": described(vae), "scaling factor": str(vae.config.scaling_factor)}
     if args.push_to_hub:
-        summary["uploaded"] = vae.push_to_hub(args.hub_model_id or Path(args.output_path).name)
+        summary["uploaded"] = vae.push_to_hub(args.hub_model_id or Path(args.output_path).resolve().name)
     return summary
 
 

@@ -49,8 +49,7 @@ def card_results(results: dict) -> list[EvalResult]:
         "dataset_type": "digits",
         "dataset_name": "handwritten digits of scikit-learn, held out",
     }
-    settings = {name: results["sampling"][name] for name in ("guidance_scale", "num_inference_steps")}
-    settings |= {"num_denoising_steps": results["sampling"]["num_denoising_steps"], "num_images": results["num_images"]}
+    settings = {**results["sampling"], "num_images": results["num_images"], "seed": results["seed"]}
     agreement, distance = round(results["class_agreement"], 4), round(results["frechet_distance"], 3)
     return [
         EvalResult(

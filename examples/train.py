@@ -11,7 +11,7 @@ sampling options as `sampling.yaml` for the other scripts.
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from djepa_hf.checkpoints import find_checkpoint, save_checkpoint
 from djepa_hf.configuration_djepa import PRESETS
 from djepa_hf.data import image_transform, load_training_data, num_image_channels
 from djepa_hf.latents import encode_images
-from djepa_hf.loading import load_for_training
+from djepa_hf.loading import load_for_training, load_vae
 from djepa_hf.model_card import create_model_card
 from djepa_hf.optimization import ema_decay, parameter_groups, set_weight_decay
 from djepa_hf.schedulers import token_scheduler_for
@@ -38,16 +38,16 @@ from djepa_hf.visualization import labelled_grid, plot_losses
 PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 8
 
 
-class LossHistory:
-    """The losses of every step, kept across a resume."""
+class History:
+    """What happened so far, kept across a resume: the weights that training started from, the losses of every step."""
 
-    def __init__(self):
-        self.diffusion_loss: list[float] = []
-        self.prediction_loss: list[float] = []
+    def __init__(self, init_from: str | None):
+        self.init_from = init_from
+        self.losses: dict[str, list[float]] = {"diffusion_loss": [], "prediction_loss": []}
 
-    def append(self, diffusion_loss: float, prediction_loss: float):
-        self.diffusion_loss.append(diffusion_loss)
-        self.prediction_loss.append(prediction_loss)
+    def append(self, losses: dict[str, float]):
+        for name, loss in losses.items():
+            self.losses[name].append(loss)
 
     def state_dict(self) -> dict:
         return vars(self)
@@ -71,9 +71,8 @@ class Run:
     total_steps: int
     steps_per_epoch: int
     source: str  # of the data
-    init_from: str | None  # weights that were trained before this run
+    history: History
     step: int = 0
-    history: LossHistory = field(default_factory=LossHistory)
 
     @property
     def output_dir(self) -> Path:
@@ -100,15 +99,6 @@ class Run:
         pipe = self.pipeline()
         options = self.sampling.call_options(pipe.transformer.config.num_tokens)
         pipe.check_inputs(1, num_images_per_label=1, output_type="pil", **options)
-
-
-def load_vae(name_or_path: str) -> AutoencoderKL:
-    """An autoencoder from a folder or from the Hub (`owner/name` or `owner/name/subfolder`)."""
-    subfolder = None
-    if not Path(name_or_path).is_dir() and name_or_path.count("/") > 1:
-        owner, name, subfolder = name_or_path.split("/", 2)
-        name_or_path = f"{owner}/{name}"
-    return AutoencoderKL.from_pretrained(name_or_path, subfolder=subfolder).requires_grad_(False).eval()
 
 
 def initial_model(
@@ -200,7 +190,7 @@ def prepare(
         total_steps,
         steps_per_epoch,
         source=data_args.dataset_name or Path(data_args.train_data_dir).name,
-        init_from=model_args.init_from,
+        history=History(model_args.init_from),
     )
     run.check_sampling()
     accelerator.register_for_checkpointing(run.history)
@@ -246,7 +236,7 @@ def training_step(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     if accelerator.sync_gradients:
         run.step += 1
         # the ramp is there to forget a random start; an average of earlier training is worth keeping
-        decay = args.ema_decay if run.init_from else ema_decay(args.ema_decay, run.step)
+        decay = args.ema_decay if run.history.init_from else ema_decay(args.ema_decay, run.step)
         run.online.update_target(decay)
     return dict(zip(("diffusion_loss", "prediction_loss"), losses, strict=True))
 
@@ -281,7 +271,7 @@ def train(run: Run):
                 name: sum(part[name] for part in losses_of_step) / len(losses_of_step) for name in losses_of_step[0]
             }
             losses_of_step.clear()
-            run.history.append(**losses)
+            run.history.append(losses)
             rate = (run.step - first_step) * images_per_step / (time.perf_counter() - started)
             shown = {name: f"{value:.3f}" for name, value in losses.items()}
             progress.set_postfix(shown | {"images/s": f"{rate:.0f}"}, refresh=False)
@@ -322,15 +312,27 @@ def publish(run: Run):
         pipe = run.pipeline()
         pipe.save_pretrained(run.output_dir)
         sampling = run.sampling.call_options(run.online.config.num_tokens)
-        create_model_card(pipe, str(run.output_dir), recipe(run), sampling=sampling).save(run.output_dir / "README.md")
+        card = create_model_card(
+            pipe,
+            str(run.output_dir),
+            recipe(run),
+            sampling=sampling,
+            datasets=[run.source] if is_hub_id(run.source) else None,
+            base_model=run.history.init_from if is_hub_id(run.history.init_from) else None,
+        )
+        card.save(run.output_dir / "README.md")
         preview(run, "final.png")
         parameters = run.online.djepa.num_parameters() / 1e6
         title = f"{run.online.config.objective}, {parameters:.1f}M parameters"
-        losses = {name.replace("_", " "): values for name, values in run.history.state_dict().items()}
+        losses = {name.replace("_", " "): values for name, values in run.history.losses.items()}
         plot_losses(list(range(1, run.step + 1)), losses, run.output_dir / "loss.png", title)
         (run.output_dir / "sampling.yaml").write_text(yaml.safe_dump(asdict(run.sampling), sort_keys=False))
         print(f"The pipeline in {run.output_dir} holds the EMA weights after step {run.step}.")
     run.accelerator.end_training()
+
+
+def is_hub_id(name: str | None) -> bool:
+    return name is not None and name.count("/") == 1 and not Path(name).exists()
 
 
 def recipe(run: Run) -> str:
@@ -338,7 +340,8 @@ def recipe(run: Run) -> str:
     args, accelerator = run.args, run.accelerator
     batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     images = f"{len(run.loader.dataset):,} images of {run.source}"
-    start = f" It started from the weights of `{run.init_from}`." if run.init_from else ""
+    init_from = run.history.init_from
+    start = f" It started from the weights of `{init_from}`." if init_from else ""
     return (
         f"On {images}: {run.step:,} steps with a batch of {batch}, AdamW with a peak learning rate of "
         f"{args.learning_rate:g} ({args.lr_scheduler}, {args.lr_warmup_steps:,} steps of warm-up), betas "

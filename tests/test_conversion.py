@@ -108,7 +108,7 @@ def test_values_too_large_for_float16_are_named(golden, tmp_path):
         checkpoint["model_ema"]["mask_token"][0, 0, 0] = 1e5
 
     path = rewrite(golden, tmp_path / "a.pth", enlarge)
-    with pytest.raises(ValueError, match=r"beyond float16's range \(65504\) in predictor.mask_token \(up to 1e\+05\)"):
+    with pytest.raises(ValueError, match=r"beyond float16's range \(65504\) in mask_token \(up to 1e\+05\)"):
         DJEPAPipeline.from_single_file(path, dtype=torch.float16)
     DJEPAPipeline.from_single_file(path, dtype=torch.bfloat16)
 
@@ -166,9 +166,7 @@ def test_presets_are_known_by_their_shapes(preset, qk_norm):
         tensors = to_official(DJEPAModel(config).state_dict())
     inferred = infer_config(Path("file"), tensors)
     assert preset_name(inferred) == preset
-    assert inferred.latent_scaling_factor == 0.2325
-    inferred.latent_scaling_factor = None
-    assert inferred.to_dict() == {**config.to_dict(), "prediction_loss_weight": inferred.prediction_loss_weight}
+    assert inferred.to_dict() == config.to_dict()
     assert inferred.id2label[207] == "golden retriever"
     assert sizes_of_tensors(tensors).get("num_attention_heads") == (config.num_attention_heads if qk_norm else None)
 
@@ -184,6 +182,46 @@ def test_a_file_of_another_preset_is_refused_in_few_words(golden):
         DJEPAPipeline.from_single_file(golden.path, config={"id2label": {0: "a", 1: "b"}})
     with pytest.raises(ValueError, match="has num_tokens 16; `sample_size` 8, `patch_size` 1"):
         DJEPAPipeline.from_single_file(golden.path, config={"sample_size": 8})
+
+
+@pytest.mark.parametrize("ratio", [4.0, 2.7, 2.2, 1.03])
+@pytest.mark.parametrize("width", [28, 32, 36])
+def test_any_width_of_the_mlp_is_read_from_the_shapes(tmp_path, width, ratio):
+    model = tiny_model(hidden_size=width, mlp_ratio=ratio)
+    args = argparse.Namespace(patch_size=2, vae_embed_dim=1)
+    torch.save({"model_ema": to_official(model.state_dict()), "args": args}, tmp_path / "a.pth")
+    for config in (None, model.config, {"mlp_ratio": ratio}):
+        loaded = DJEPAPipeline.from_single_file(tmp_path / "a.pth", config=config).transformer
+        assert torch.equal(loaded.encoder.layers[0].fc1.weight, model.encoder.layers[0].fc1.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": "online"}, "There is no option 'weight'; did you mean 'weights'"),
+        ({"torch_dtype": torch.bfloat16}, "There is no option 'torch_dtype'; did you mean 'dtype'"),
+        ({"config": {"num_attention_head": 4}}, "did you mean 'num_attention_heads'"),
+        ({"config": "base"}, "`config` must be a DJEPAConfig or a dict of its arguments, got 'base'"),
+        ({"dtype": "bfloat16"}, r"`dtype` must be a torch.dtype such as torch.bfloat16, got 'bfloat16'"),
+        ({"vae": "org/vae"}, "`vae` must be an AutoencoderKL, got 'org/vae'"),
+        ({"vae": tiny_vae(16), "config": {"patch_size": 1}}, "16 latent channels, the model 4"),
+    ],
+)
+def test_options_that_cannot_be_right_are_refused(golden, options, message):
+    with pytest.raises(ValueError, match=message):
+        DJEPAPipeline.from_single_file(golden.path, **options)
+
+
+def test_a_vae_that_cannot_make_such_tokens_is_named(golden, tmp_path):
+    path = rewrite(golden, tmp_path / "a.pth", lambda checkpoint: checkpoint.pop("args"))
+    with pytest.raises(ValueError, match="has 4 numbers, which 16 channels cannot make"):
+        DJEPAPipeline.from_single_file(path, vae=tiny_vae(16))
+
+
+def test_misfits_are_found_before_the_weights_are_read(golden, tmp_path, capsys):
+    with pytest.raises(ValueError, match="do not belong together"):
+        DJEPAPipeline.from_single_file(golden.path, vae=tiny_vae(3))
+    assert "Reading weights" not in capsys.readouterr().err
 
 
 def test_names_can_be_given(golden):
@@ -202,6 +240,9 @@ def test_training_without_prediction_loss_is_recognized(golden, tmp_path, caplog
     assert model.prediction_head is None
     assert model.config.prediction_loss_weight == 0
     assert config.prediction_loss_weight == 1, "the caller's configuration must stay as it is"
+    without = load_official_checkpoint(golden.path, config={"prediction_loss_weight": 0.0})
+    assert without.prediction_head is None
+    assert torch.equal(without.djepa.predictor.mask_token, golden.model.djepa.predictor.mask_token)
     assert "was trained without the prediction loss" in caplog.text
 
 
@@ -261,6 +302,39 @@ def test_other_files_are_refused(tmp_path):
         load_official_checkpoint(tmp_path / "nowhere.pth")
 
 
+def test_flipped_bytes_never_show_more_than_one_clear_error(golden, tmp_path):
+    torch.save(read(golden.path), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    messages = []
+    for source in (golden.path, tmp_path / "old.pth"):
+        data = bytearray(source.read_bytes())
+        for i in range(100):
+            damaged = bytearray(data)
+            for place in range(100 + 7 * i, 100 + 7 * i + 5):
+                damaged[place] ^= 0xA5
+            (tmp_path / "damaged.pth").write_bytes(damaged)
+            try:
+                DJEPAPipeline.from_single_file(tmp_path / "damaged.pth")
+            except ValueError as error:
+                messages.append(str(error))
+    assert messages
+    assert all("damaged.pth" in message or "`" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"a": 1}, "model_ema": {"a": 1}}, "`model_ema` holds 'a': int, where only tensors belong"),
+        ({"model": {}, "model_ema": {3: torch.zeros(1)}}, "`model_ema` holds 3: Tensor, where only tensors belong"),
+        ({"model": {"encoder.conv_in.weight": torch.zeros(1)}}, "is an autoencoder, not D-JEPA: .*`load_ldm_vae`"),
+        ({"model_ema": {}, "args": {"patch_size": None}}, "do not tell `hidden_size`, `num_attention_heads`"),
+    ],
+)
+def test_files_of_another_make_are_explained(tmp_path, content, message):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message):
+        DJEPAPipeline.from_single_file(tmp_path / "a.pth")
+
+
 def test_files_from_before_pytorch_1_6_are_read(golden, tmp_path):
     torch.save(read(golden.path), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     model = load_official_checkpoint(tmp_path / "old.pth")
@@ -283,6 +357,10 @@ def test_a_vae_with_another_scaling_factor_is_refused(tmp_path):
     vae = tiny_vae(16)
     with pytest.raises(ValueError, match=r"latents times 0.2325, but the VAE's `scaling_factor` is 0.5"):
         DJEPAPipeline.from_single_file(tmp_path / "a.pth", vae=vae)
+    with pytest.raises(ValueError, match="the VAE's `scaling_factor` is 0.5"):
+        DJEPAPipeline.from_single_file(tmp_path / "a.pth", vae=vae, config=model.config)
+    other = DJEPAPipeline.from_single_file(tmp_path / "a.pth", vae=vae, config={"latent_scaling_factor": 0.5})
+    assert other.transformer.config.latent_scaling_factor == 0.5, "who says so knows the VAE of the training"
     vae.register_to_config(scaling_factor=0.2325)
     assert DJEPAPipeline.from_single_file(tmp_path / "a.pth", vae=vae).vae is vae
     vae.save_pretrained(tmp_path / "vae")  # the message's advice
@@ -307,6 +385,7 @@ def test_the_way_there_and_back_keeps_every_bit(golden, tmp_path):
 
 def test_a_configuration_survives_the_official_layout(tmp_path):
     options = {"qk_norm": False, "mask_ratio_min": 0.2, "num_attention_heads": 2, "predictor_num_attention_heads": 8}
+    options |= {"mlp_ratio": 2.7, "weights": "ema", "sample_size": (8, 8)}  # 2.7 x 32 is no whole number
     for model in (tiny_pretraining(**options), tiny_model(**options)):
         path = tmp_path / f"{type(model).__name__}.pth"
         save_official_checkpoint(model, path)
@@ -315,9 +394,10 @@ def test_a_configuration_survives_the_official_layout(tmp_path):
         prefix = "djepa." if isinstance(model, DJEPAModel) else ""
         for name, tensor in expected.items():
             assert torch.equal(training.state_dict()[prefix + name], tensor)
-        config = training.config.to_dict()
-        expected = {**model.config.to_dict(), "prediction_loss_weight": config["prediction_loss_weight"]}
-        assert config == expected
+        head = {} if isinstance(model, DJEPAForPreTraining) else {"prediction_loss_weight": 0.0}  # there is none
+        assert training.config.to_dict() == {**model.config.to_dict(), **head, "weights": None}
+        again = DJEPAPipeline.from_single_file(path, weights="online").transformer.config
+        assert again.to_dict() == {**model.config.to_dict(), "weights": "online"}
     with pytest.raises(ValueError, match="square images only"):
         save_official_checkpoint(tiny_model(sample_size=(4, 8)), tmp_path / "wide.pth")
     with pytest.raises(ValueError, match="exists already"):
@@ -327,7 +407,7 @@ def test_a_configuration_survives_the_official_layout(tmp_path):
 # --- files
 
 
-def test_an_interruption_leaves_nothing_that_looks_finished(tmp_path):
+def test_an_interruption_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
     def interrupted():
         with written_whole(tmp_path / "out") as folder:
             folder.mkdir()
@@ -340,9 +420,17 @@ def test_an_interruption_leaves_nothing_that_looks_finished(tmp_path):
     with written_whole(tmp_path / "out") as folder:
         folder.mkdir()
         (folder / "whole").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
-    with pytest.raises(ValueError, match="out exists already"):
-        written_whole(tmp_path / "out").__enter__()
+    for taken in ("out", "link", "dangling", "."):
+        with pytest.raises(ValueError, match="exists already"):
+            written_whole(tmp_path / taken).__enter__()
+    with written_whole(f"{tmp_path}/empty/") as file:  # even a file, where there was an empty folder
+        file.write_text("whole")
+    assert (tmp_path / "empty").read_text() == "whole"
 
 
 def test_a_place_that_cannot_be_written_to_is_named_before_the_work(tmp_path):
@@ -368,8 +456,9 @@ def test_files_of_the_hub_are_told_from_local_ones(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"There is no file nowhere\.pth"):
         find_file("nowhere.pth")
     (tmp_path / "here" / "there").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="There is no file"):
-        find_file("here/there/nowhere.pth")
+    for path in ("here/there/nowhere.pth", "./a/b/c.pth", "../a/c.pth", "~/a/b.pth", "datasets/a/b.pth", "/a/b/c.pth"):
+        with pytest.raises(FileNotFoundError, match="There is no file"):
+            find_file(path)
 
 
 # --- the script
@@ -422,6 +511,8 @@ def test_the_script_converts_a_training_checkpoint_back(tmp_path):
         ([], "Say what to convert"),
         (["--reverse"], "Say what to convert"),
         (["--checkpoint_path", "a.pth", "--push_to_hub"], "There is no Hugging Face token"),
+        (["--checkpoint_path", "a", "--reverse", "--push_to_hub"], "`push_to_hub` has no meaning with `reverse`"),
+        (["--checkpoint_path", "a.pth", "--vae", "b.ckpt", "--vae_scaling_factor", "0"], "must be positive, got 0"),
         (["--checkpoint_path", str(GOLDEN / "official_ddpm.pth"), "--published"], "this file has other sizes"),
     ],
 )

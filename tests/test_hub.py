@@ -14,6 +14,7 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 
 from djepa_hf import DJEPAPipeline
+from djepa_hf.model_card import create_model_card
 from djepa_hf.self_contained import single_file_source
 
 SETUP = """
@@ -157,32 +158,70 @@ def test_loading_without_djepa_hf_and_then_without_a_network(server, pushed, tmp
     assert run(offline, tmp_path / "home", None, token=None, installed=False) == [pushed, pushed]
 
 
-def test_a_card_that_is_there_stays(server, pushed, tmp_path):
-    own = b'---\nlicense: mit\n---\n# Mine\n\n```python\npipe = DJEPAPipeline.from_pretrained("elsewhere")\n```\n'
-    server.repos["org/djepa-mine"] = {"main": {"README.md": own}}
-    (tmp_path / "local").mkdir()
+def test_cards_stay_and_move_with_their_pipelines(server, pushed, tmp_path):
+    foreign = 'other = DiTPipeline.from_pretrained("facebook/DiT")'
+    own = f"---\nlicense: mit\n---\n# Mine\n\n{foreign}\n"
+    server.repos["org/djepa-mine"] = {"main": {"README.md": own.encode()}}
     tiny_pipeline().save_pretrained(tmp_path / "local")
-    (tmp_path / "local" / "README.md").write_bytes(own.replace(b"# Mine", b"# Local"))
+    card = create_model_card(tiny_pipeline(), str(tmp_path / "local"), training=f"Long ago. {foreign}", license="mit")
+    card.save(tmp_path / "local" / "README.md")
     code = f"""
     from djepa_hf import DJEPAPipeline
-    from huggingface_hub import EvalResult
     from djepa_hf.model_card import create_model_card
     pipe = DJEPAPipeline.from_pretrained({str(tmp_path / "local")!r})
     pipe.push_to_hub("org/djepa-mine")
-    pipe.push_to_hub("org/djepa-local")
-    pipe.push_to_hub("org/djepa-given", model_card=create_model_card(pipe, "org/djepa-given", training="Long ago."))
+    pipe.push_to_hub("org/djepa-moved")
+    DJEPAPipeline.from_pretrained("org/djepa-moved").push_to_hub("org/djepa-twice")
+    pipe.push_to_hub("org/djepa-given", model_card=create_model_card(pipe, "org/djepa-given", training="Today."))
     pipe.save_pretrained({str(tmp_path / "other")!r}, push_to_hub=True, repo_id="org/djepa-other")
     print(json.dumps(None))
     """
     run(code, tmp_path / "home", server)
-    cards = {name: server.repos[f"org/djepa-{name}"]["main"]["README.md"].decode() for name in
-             ("mine", "local", "given", "other")}  # fmt: skip
-    assert "# Mine" in cards["mine"]
-    assert 'from_pretrained("org/djepa-mine")' in cards["mine"]
-    assert "# Local" in cards["local"]
-    assert 'from_pretrained("org/djepa-local")' in cards["local"]
-    assert "Long ago." in cards["given"]
-    assert 'from_pretrained("org/djepa-other")' in cards["other"]
+    names = ("mine", "moved", "twice", "given", "other")
+    cards = {name: server.repos[f"org/djepa-{name}"]["main"]["README.md"].decode() for name in names}
+    assert cards["mine"] == own
+    assert "Today." in cards["given"]
+    for name in ("moved", "twice", "other"):
+        assert "Long ago." in cards[name]
+        assert "license: mit" in cards[name]
+        assert f'DJEPAPipeline.from_pretrained("org/djepa-{name}")' in cards[name]
+        assert f"\n# djepa-{name}\n" in cards[name]
+        assert foreign in cards[name]
+
+
+def test_a_repository_that_brings_its_code_keeps_bringing_it(server, pushed, tmp_path):
+    code = """
+    from djepa_hf import DJEPAPipeline
+    pipe = DJEPAPipeline.from_pretrained("org/djepa-tiny")
+    pipe.push_to_hub("org/djepa-again", self_contained=True)
+    pipe.push_to_hub("org/djepa-again")
+    print(json.dumps(None))
+    """
+    run(code, tmp_path / "first", server)
+    code = """
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("org/djepa-again", trust_remote_code=True)
+    pipe.push_to_hub("org/djepa-remote")
+    print(json.dumps(image_of(DiffusionPipeline.from_pretrained("org/djepa-remote", trust_remote_code=True))))
+    """
+    assert run(code, tmp_path / "second", server, installed=False) == pushed
+    card = server.repos["org/djepa-remote"]["main"]["README.md"].decode()
+    assert 'DJEPAPipeline.from_pretrained("org/djepa-remote")' in card
+
+
+def test_links_to_the_hub(server, pushed, tmp_path):
+    file = "org/official/resolve/v1/files/djepa.pth"
+    links = [f"https://huggingface.co/{file}?download=true", f"hf://{file}", f"{server.url}/{file}"]
+    code = f"""
+    from djepa_hf.conversion.files import find_file
+    found = [find_file(link).name for link in {links!r}]
+    try:
+        find_file("org/nothing/files/djepa.pth")
+    except FileNotFoundError as error:
+        found.append("neither here nor on the Hub" in str(error))
+    print(json.dumps(found))
+    """
+    assert run(code, tmp_path, server, token=None) == ["djepa.pth"] * 3 + [True]
 
 
 def test_pushing_without_a_token(tmp_path, monkeypatch):
@@ -192,6 +231,18 @@ def test_pushing_without_a_token(tmp_path, monkeypatch):
         tiny_pipeline().push_to_hub("org/djepa-tiny")
     with pytest.raises(ValueError, match="There is no Hugging Face token to upload with"):
         tiny_pipeline().save_pretrained(tmp_path / "out", push_to_hub=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_and_classes_that_cannot_be_saved_are_refused_before_writing(tmp_path):
+    with pytest.raises(ValueError, match="There is no option 'self_contaned'; did you mean 'self_contained'"):
+        tiny_pipeline().save_pretrained(tmp_path / "out", self_contaned=True)
+
+    class Mine(DJEPAPipeline):
+        pass
+
+    with pytest.raises(ValueError, match=r"`self_contained`: Mine is defined in .*test_hub, outside djepa_hf"):
+        Mine(**tiny_pipeline().components).save_pretrained(tmp_path / "out", self_contained=True)
     assert not (tmp_path / "out").exists()
 
 

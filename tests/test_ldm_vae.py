@@ -183,6 +183,12 @@ def test_what_is_missing_or_too_much_is_listed(tmp_path, key):
         assert problem in str(error.value)
 
 
+def test_files_that_do_not_even_tell_their_sizes_are_listed(tmp_path):
+    tensors = {"encoder.conv_in.weight": torch.zeros(128, 3, 3, 3)}
+    with pytest.raises(ValueError, match=r"missing: encoder.conv_in.bias, encoder.down.0.block.0.norm1.weight"):
+        load_ldm_vae(save(tensors, tmp_path / "kl.ckpt"))
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is not an LDM autoencoder"):
         load_ldm_vae(save({"weight": torch.zeros(1)}, tmp_path / "other.ckpt"))

@@ -4,13 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_model, tiny_pipeline, tiny_vae
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from PIL import Image
 
-from djepa_hf import DJEPAConfig, DJEPAPipeline
+from djepa_hf import DJEPAConfig, DJEPAModel, DJEPAPipeline
 from djepa_hf.model_card import TASK, add_results, create_model_card, published_results, renamed
+from djepa_hf.schedulers import token_scheduler_for
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
 PUBLISHED = ("base", "large", "huge")
@@ -138,3 +140,26 @@ def test_snippets_follow_a_card_to_its_repository():
     assert "here/first" not in card.text
     card.data.model_name = "A name of its own"
     assert renamed(card, "there/third").data.model_name == "A name of its own"
+
+
+def test_snippets_call_what_can_be_called():
+    twins = {0: "crane, bird", 1: "crane, machine"}
+    card = create_model_card(tiny_pipeline(id2label=twins), "me/cranes")
+    assert "pipe(\n    1,\n" in card.text
+    sound = create_model_card(tiny_pipeline(sample_size=(16,), patch_size=1, num_channels=1), "me/sound")
+    assert "samples of 1 channels" in sound.text
+    assert 'output_type="latent"' in sound.text
+
+
+@pytest.mark.parametrize("options", [{}, {"num_labels": 10}, {"objective": "flow_matching"}, {"sample_size": 8}])
+def test_the_authors_figures_go_to_their_models_alone(options):
+    with torch.device("meta"):
+        model = DJEPAModel(DJEPAConfig.from_preset("base", **options))
+    pipe = DJEPAPipeline(model, token_scheduler_for(model.config.objective))
+    if options:
+        with pytest.raises(ValueError, match="the authors' base model has another size"):
+            create_model_card(pipe, "me/model", published="base")
+    else:
+        assert create_model_card(pipe, "me/model", published="base").data.license == "other"
+    with pytest.raises(ValueError, match="the authors' tiny model"):
+        create_model_card(pipe, "me/model", published="tiny")

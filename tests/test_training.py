@@ -12,13 +12,15 @@ import torch
 import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import tiny_vae
+from conftest import tiny_pipeline, tiny_pretraining, tiny_vae
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
 from djepa_hf import DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
 from djepa_hf.checkpoints import find_checkpoint
+from djepa_hf.conversion import save_official_checkpoint
+from djepa_hf.loading import load_for_training
 
 TINY = {
     "patch_size": 2,
@@ -81,7 +83,7 @@ def test_there_is_something_to_see(digits_run):
 
 def test_training_learns_and_the_average_moves(digits_run):
     history = torch.load(digits_run / "checkpoint-45" / "custom_checkpoint_0.pkl", weights_only=True)
-    for losses in history.values():
+    for losses in history["losses"].values():
         assert len(losses) == 45
         assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     early, late = (load_file(digits_run / f"checkpoint-{step}" / "model.safetensors") for step in (15, 45))
@@ -117,9 +119,9 @@ def test_a_used_folder_and_impossible_previews_are_refused_before_training(digit
     assert not list(tmp_path.iterdir())
 
 
-def assert_continues(output_dir, before: dict[str, torch.Tensor], decay: float):
-    """After one step, the average is still the one that training started from, but for its share of the new weights."""
-    after = DJEPAForPreTraining.from_pretrained(output_dir / "checkpoint-1")
+def assert_continues(output_dir, before: dict[str, torch.Tensor], decay: float, step: int = 1):
+    """The average is still the one that training started from, but for its share of the new weights."""
+    after = DJEPAForPreTraining.from_pretrained(output_dir / f"checkpoint-{step}")
     for name, tensor in before.items():
         expected = torch.lerp(tensor, after.djepa.state_dict()[name], 1 - decay)
         torch.testing.assert_close(after.target.state_dict()[name], expected)
@@ -137,6 +139,15 @@ def test_training_continues_from_an_official_file(golden, tmp_path):
     assert config.objective == golden.config.objective
     assert (config.id2label[3], config.hidden_dropout_prob, config.latent_scaling_factor) == ("3", 0.2, 0.5)
     assert f"It started from the weights of `{golden.path}`" in (out / "README.md").read_text()
+    # a resumed run need not be told again where it started from
+    before = DJEPAForPreTraining.from_pretrained(out / "checkpoint-1").target.state_dict()
+    options |= {"max_train_steps": 2, "hidden_dropout_prob": 0.2, "ema_decay": 0.99, "resume_from_checkpoint": "latest"}
+    options |= {name: getattr(golden.config, name) for name in ("hidden_size", "num_hidden_layers", "objective")}
+    options |= {name: getattr(golden.config, name) for name in ("num_attention_heads", "num_buffer_tokens")}
+    options |= {"denoiser_hidden_size": 32, "denoiser_num_hidden_layers": 2}
+    run(out, **options)
+    assert_continues(out, before, 0.99, 2)
+    assert f"It started from the weights of `{golden.path}`" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("part", ["", "checkpoint-45"])
@@ -145,6 +156,21 @@ def test_training_continues_from_our_own(digits_run, tmp_path, part):
     options |= {"max_train_steps": 1, "checkpointing_steps": 1, "ema_decay": 0.99}
     out = run(tmp_path, **options, init_from=digits_run / part)
     assert_continues(out, DJEPAModel.from_pretrained(digits_run / "transformer").state_dict(), 0.99)
+
+
+def test_training_goes_on_in_float32_whatever_was_stored(tmp_path):
+    names = {i: f"old {i}" for i in range(10)}
+    tiny_pipeline(id2label=names).to(torch.bfloat16).save_pretrained(tmp_path / "pipe")
+    save_official_checkpoint(tiny_pretraining().bfloat16(), tmp_path / "a.pth")
+    for source in (tmp_path / "pipe", tmp_path / "a.pth"):
+        options = {"id2label": {i: str(i) for i in range(10)}} if source.is_dir() else {}
+        model = load_for_training(source, options)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert source.is_file() or model.config.label2id == {str(i): i for i in range(10)}
+    with pytest.raises(ValueError, match="There is no option 'hiden_size'"):
+        load_for_training(source, {"hiden_size": 3})
+    with pytest.raises(FileNotFoundError, match="is not a folder of djepa_hf"):
+        load_for_training(tmp_path / "nowhere", {})
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(golden, digits_run, tmp_path):

@@ -13,7 +13,6 @@
 # limitations under the License.
 """Sizes, presets and validation of a D-JEPA model."""
 
-import difflib
 import math
 from typing import Literal
 
@@ -21,6 +20,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .imagenet_classes import IMAGENET_CLASSES
+from .options import check_options
 
 # Paper, Table 1: what sets the presets apart. The predictor has the encoder's sizes in all of them.
 PRESETS = {
@@ -181,6 +181,11 @@ class DJEPAConfig(PreTrainedConfig):
         self.validate_sizes()
 
     @classmethod
+    def option_names(cls) -> set[str]:
+        """The arguments that a configuration takes."""
+        return {*cls.__dataclass_fields__, "num_labels", "attn_implementation"}
+
+    @classmethod
     def from_preset(cls, preset: str, **overrides) -> "DJEPAConfig":
         """
         The configuration of one of the paper's models.
@@ -194,11 +199,7 @@ class DJEPAConfig(PreTrainedConfig):
         """
         if preset not in PRESETS:
             raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
-        known = {*cls.__dataclass_fields__, "num_labels", "attn_implementation"}
-        for name in overrides:
-            if name not in known:
-                closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"There is no option {name!r}; did you mean {closest!r}?")
+        check_options(overrides, cls.option_names())
         return cls(**{**PRESETS[preset], **overrides})
 
     @property

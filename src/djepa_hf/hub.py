@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from huggingface_hub import ModelCard, create_repo, get_token, upload_folder
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import ModelCard, create_repo, file_exists, get_token, repo_exists, upload_folder
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from transformers import PreTrainedModel
 
 from .configuration_djepa import DJEPAConfig
 from .conversion import load_official_model
 from .model_card import create_model_card, renamed
+from .options import check_options
 from .schedulers import token_scheduler_for
-from .self_contained import brings_its_code, write_code
+from .self_contained import brings_its_code, check_code, write_code
 
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -56,11 +58,22 @@ class PipelineHubMixin:
             ValueError: if the file is no such checkpoint, holds anything that could run code, does not fit `config` or
                 `vae`, has tensors missing, left over or of another shape (all are listed), or overflows in `dtype`.
         """
-        num_channels = vae.config.latent_channels if vae is not None else None
+        if vae is not None and not isinstance(vae, AutoencoderKL):
+            raise ValueError(f"`vae` must be an AutoencoderKL, got {vae!r}: load it first, with its `from_pretrained`.")
+
+        def pipeline(model: PreTrainedModel):
+            return cls(transformer=model, scheduler=token_scheduler_for(model.config.objective), vae=vae)
+
         model = load_official_model(
-            pretrained_model_link_or_path, weights, dtype, config, num_channels=num_channels, **hub_options
+            pretrained_model_link_or_path,
+            weights,
+            dtype,
+            config,
+            vae_channels=vae.config.latent_channels if vae is not None else None,
+            check=pipeline,  # whether they fit each other shows before gigabytes are read
+            **hub_options,
         )
-        return cls(transformer=model, scheduler=token_scheduler_for(model.config.objective), vae=vae)
+        return pipeline(model)
 
     def save_pretrained(
         self,
@@ -83,14 +96,21 @@ class PipelineHubMixin:
             push_to_hub (`bool`, defaults to `False`): whether to upload the folder, see [`~DJEPAPipeline.push_to_hub`].
             self_contained (`bool`, *optional*): whether to write the code beside the weights, for
                 `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` where djepa_hf is not installed. If not
-                given: where this pipeline came from such a folder.
+                given: where there is such code already.
             **kwargs: `repo_id` and other arguments of [`~DJEPAPipeline.push_to_hub`].
 
         Raises:
-            ValueError: with `push_to_hub`, if there is no token; before anything is written.
+            ValueError: if an argument does not exist, if a class is not djepa_hf's whose code is to be written, or,
+                with `push_to_hub`, if there is no token; before anything is written.
         """
+        repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
+        check_options(kwargs, ("commit_message", "private", "token", "create_pr", "model_card", "self_contained"))
         if push_to_hub:
             check_token(kwargs.get("token"))
+        if self_contained is None:
+            self_contained = brings_its_code(self) or (Path(save_directory) / "pipeline.py").exists()
+        if self_contained:
+            check_code(self)
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         if variant is not None:
             # All variants share one configuration, so that it must not name the type of this one: transformers would
@@ -99,10 +119,10 @@ class PipelineHubMixin:
             shared = json.loads(configuration.read_text())
             shared.pop("dtype", None)
             configuration.write_text(json.dumps(shared, indent=2) + "\n")
-        if brings_its_code(self) if self_contained is None else self_contained:
+        if self_contained:
             write_code(self, save_directory)
         if push_to_hub:
-            upload_pipeline(self, save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            upload_pipeline(self, save_directory, repo_id, **kwargs)
 
     def push_to_hub(
         self,
@@ -120,8 +140,8 @@ class PipelineHubMixin:
         """
         Uploads the pipeline with a model card.
 
-        The card is `model_card` if given; else the one that the repository has already; else that of the folder which
-        the pipeline came from; else a new one, from the pipeline's configuration.
+        The card is `model_card` if given; else the one that the repository has already; else that of the folder or
+        repository which the pipeline came from; else a new one, from the pipeline's configuration.
 
         Args:
             repo_id (`str`): `owner/name`; made if it does not exist.
@@ -139,6 +159,8 @@ class PipelineHubMixin:
             ValueError: if there is no token; before anything is written.
         """
         check_token(token)
+        if self_contained is None and repo_exists(repo_id, token=token):
+            self_contained = file_exists(repo_id, "pipeline.py", token=token) or None
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size, self_contained=self_contained)
             return upload_pipeline(self, folder, repo_id, commit_message, private, token, create_pr, model_card)
@@ -147,7 +169,7 @@ class PipelineHubMixin:
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
         # Where djepa_hf is installed, a self-contained folder needs neither its own code nor the trust for it.
         index = super()._dict_from_json_file(json_file)
-        if not cls.__module__.startswith(_PACKAGE):
+        if not cls.__module__.startswith(f"{_PACKAGE}."):
             return index
         library = sys.modules[_PACKAGE]
         for name, value in index.items():
@@ -179,11 +201,14 @@ def upload_pipeline(
     """
     check_token(token)
     folder = Path(folder)
-    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    card = model_card or _existing_card(pipe, repo_id, token)
-    if card is None:
+    card = model_card or _card_of(repo_id, token)
+    if card is None and (card := _card_of(pipe.config.get("_name_or_path"), token)) is not None:
+        card = renamed(card, repo_id)
+    if card is None and not brings_its_code(pipe):  # which does not bring the card's template
         card = create_model_card(pipe, repo_id, self_contained=(folder / "pipeline.py").exists())
-    renamed(card, repo_id).save(folder / "README.md")
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if card is not None:
+        card.save(folder / "README.md")
     message = commit_message or f"Upload {type(pipe).__name__}"
     return str(
         upload_folder(
@@ -192,12 +217,17 @@ def upload_pipeline(
     )
 
 
-def _existing_card(pipe: DiffusionPipeline, repo_id: str, token: str | None) -> ModelCard | None:
+def _card_of(name_or_path: str | None, token: str | None) -> ModelCard | None:
+    """The card in a folder or repository, if there is one."""
+    if name_or_path is None:
+        return None
+    local = Path(name_or_path)
+    if local.is_dir():
+        return ModelCard.load(local / "README.md") if (local / "README.md").is_file() else None
     try:
-        return ModelCard.load(repo_id, token=token)
-    except EntryNotFoundError:
-        local = Path(str(pipe.config.get("_name_or_path") or "")) / "README.md"
-        return ModelCard.load(local) if local.is_file() else None
+        return ModelCard.load(str(name_or_path), token=token)
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None
 
 
 def check_token(token: str | bool | None):

@@ -9,8 +9,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_djepa import DJEPAConfig
+from .configuration_djepa import PRESETS, DJEPAConfig
+from .conversion.sizes import preset_name
 from .imagenet_classes import IMAGENET_CLASSES
+from .labels import find_label_id
 
 TASK = {"task_type": "unconditional-image-generation", "task_name": "Class-conditional image generation"}
 IMAGENET = {"dataset_type": "ILSVRC/imagenet-1k", "dataset_name": "ImageNet 256x256"}
@@ -25,8 +27,8 @@ _PUBLISHED_FIGURES = {
 _PUBLISHED_GUIDED_FID = {"large": (1.58, 3.0), "huge": (1.54, 3.9)}
 _METRIC_NAMES = {"fid": "FID", "inception_score": "Inception Score", "precision": "Precision", "recall": "Recall"}
 
-_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=\n<!-- /figures -->)", re.DOTALL)
-_LOADED_ID = re.compile(r'(?<=Pipeline\.from_pretrained\(")[^"]*(?=")')
+_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- /figures -->)", re.DOTALL)
+_LOADED_FROM = re.compile(r'Pipeline\.from_pretrained\("([^"]+)"')
 
 
 def create_model_card(
@@ -57,13 +59,17 @@ def create_model_card(
         base_model (`str`, *optional*): id of the model that this one was trained from.
         published (`str`, *optional*): the preset, where these are the authors' own weights: fills in the paper's recipe
             and figures.
+
+    Raises:
+        ValueError: if the authors published no model like this one.
     """
     config: DJEPAConfig = pipe.transformer.config
-    name = repo_id.rpartition("/")[2]
+    if published is not None and not _is_published(config, published):
+        raise ValueError(f"`published`: the authors' {published} model has another size, objective or other classes.")
+    name = _last_part(repo_id)
     eval_results = [*(published_results(published, config.weights) if published else []), *eval_results]
     sampling = sampling or {"num_inference_steps": min(64, config.num_tokens)}
-    labels = [config.id2label[i] for i in {0, config.num_labels // 5, config.num_labels // 2}]
-    names = [label.split(",")[0] for label in labels]
+    names = [_name_of(i, config.id2label) for i in dict.fromkeys([0, config.num_labels // 5, config.num_labels // 2])]
     data = ModelCardData(
         model_name=name,
         license="other" if published else license,
@@ -82,9 +88,9 @@ def create_model_card(
         repo_id=repo_id,
         facts=_facts(pipe),
         call=[json.dumps(names[-1]), *(f"{option}={json.dumps(value)}" for option, value in sampling.items())],
-        makes_pictures=pipe.vae is not None or config.num_channels in (1, 3),
+        makes_pictures=_makes_pictures(pipe),
         self_contained=self_contained,
-        example_names=", ".join(f'"{name}"' for name in names),
+        example_names=", ".join(map(json.dumps, names)),
         training=training,
         published_epochs=_PUBLISHED_FIGURES[published]["epochs"] if published else None,
         figures=figures_table(eval_results),
@@ -150,25 +156,48 @@ def add_results(folder: Path, eval_results: list[EvalResult]):
     ]
     card.data.eval_results = [*kept, *eval_results]
     card.data.model_name = card.data.model_name or folder.name
-    card.text = _FIGURES.sub(lambda _: figures_table(card.data.eval_results), card.text)
+    card.text = _FIGURES.sub(lambda _: figures_table(card.data.eval_results) + "\n", card.text)
     card.save(folder / "README.md")
 
 
 def renamed(card: ModelCard, repo_id: str) -> ModelCard:
-    """The card for another place: its snippets load from there, and what was called after the old place follows."""
-    old = _LOADED_ID.search(card.text)
-    if old and card.data.model_name == old[0].rpartition("/")[2]:
-        name = repo_id.rpartition("/")[2]
-        card.text = card.text.replace(f"\n# {card.data.model_name}\n", f"\n# {name}\n", 1)
-        card.data.model_name = name
-    card.text = _LOADED_ID.sub(lambda _: repo_id, card.text)
+    """A copy for another place: the snippets that loaded from the old one load from there, and the title follows."""
+    card = ModelCard(card.content)
+    old = [place for place in _LOADED_FROM.findall(card.text) if _last_part(place) == card.data.model_name]
+    if old:
+        card.text = card.text.replace(f'from_pretrained("{old[0]}"', f'from_pretrained("{repo_id}"')
+        card.text = card.text.replace(f"\n# {card.data.model_name}\n", f"\n# {_last_part(repo_id)}\n", 1)
+        card.data.model_name = _last_part(repo_id)
     return card
+
+
+def _last_part(place: str) -> str:
+    return place.rstrip("/").rpartition("/")[2]
+
+
+def _is_published(config: DJEPAConfig, preset: str) -> bool:
+    is_imagenet = list(config.id2label.values()) == IMAGENET_CLASSES
+    return preset in PRESETS and preset_name(config) == preset and config.objective == "diffusion" and is_imagenet
+
+
+def _name_of(i: int, id2label: dict[int, str]) -> str | int:
+    """The usual name of a class; its id where several classes have that name."""
+    name = id2label[i].split(",")[0].strip()
+    try:
+        return name if find_label_id(name, id2label) == i else i
+    except ValueError:
+        return i
+
+
+def _makes_pictures(pipe: DiffusionPipeline) -> bool:
+    config = pipe.transformer.config
+    return pipe.vae is not None or (len(config.sample_shape) == 2 and config.num_channels in (1, 3))
 
 
 def _facts(pipe: DiffusionPipeline) -> dict[str, str]:
     config: DJEPAConfig = pipe.transformer.config
     grid, sample = (" x ".join(map(str, shape)) for shape in (config.grid_size, config.sample_shape))
-    space = f"{'pixels' if config.num_channels in (1, 3) else f'samples of {config.num_channels} channels'}, {sample}"
+    space = f"{'pixels' if _makes_pictures(pipe) else f'samples of {config.num_channels} channels'}, {sample}"
     if pipe.vae is not None:
         stride = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         size = " x ".join(str(side * stride) for side in config.sample_shape)

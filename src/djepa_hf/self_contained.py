@@ -18,6 +18,13 @@ def brings_its_code(pipe: DiffusionPipeline) -> bool:
     return type(pipe).__module__.startswith(_REMOTE_CODE)
 
 
+def check_code(pipe: DiffusionPipeline):
+    """Raises a `ValueError` if the pipeline's class is not one whose code can be written beside the weights."""
+    module = type(pipe).__module__
+    if not module.startswith((f"{_PACKAGE}.", _REMOTE_CODE)):
+        raise ValueError(f"`self_contained`: {type(pipe).__name__} is defined in {module}, outside {_PACKAGE}.")
+
+
 def write_code(pipe: DiffusionPipeline, folder: str | os.PathLike):
     """
     Makes the folder of a saved pipeline self-contained: beside each component of ours, and in the folder itself, the

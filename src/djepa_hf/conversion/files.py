@@ -3,18 +3,25 @@
 import argparse
 import contextlib
 import os
-import pickle
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import torch
 from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+from ..options import check_options
 
 _ZIP, _PICKLE = b"PK", b"\x80"  # how PyTorch's files begin: those of today, and those from before version 1.6
-_LINK = re.compile(r"(?P<repo>[^/\s]+/[^/\s]+)/(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<name>\S+\.\w+)")
+_HOSTS = ("https://huggingface.co/", "http://huggingface.co/", "https://hf.co/", "huggingface.co/", "hf.co/", "hf://")
+_LINK = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)/(?:(?:blob|resolve|raw)/(?P<revision>[^/]+)/)?(?P<name>[^?\s]+\.\w+)(?:\?\S*)?"
+)
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
 
 def find_file(path_or_link: str | os.PathLike, **hub_options) -> Path:
@@ -27,19 +34,26 @@ def find_file(path_or_link: str | os.PathLike, **hub_options) -> Path:
             [`~huggingface_hub.hf_hub_download`].
 
     Raises:
-        FileNotFoundError: if it is neither.
+        FileNotFoundError: if it is neither here nor there.
+        ValueError: if there is no such option.
     """
-    path = Path(path_or_link)
+    check_options(hub_options, (*_HUB_OPTIONS, "weights", "dtype", "config", "vae"))
+    path, text = Path(path_or_link), str(path_or_link)
     if path.is_file():
         return path
-    text = str(path_or_link)
-    for host in (f"{constants.ENDPOINT}/", "https://huggingface.co/", "https://hf.co/", "huggingface.co/", "hf.co/"):
+    for host in (f"{constants.ENDPOINT}/", *_HOSTS):
         text = text.removeprefix(host)
     link = _LINK.fullmatch(text)
-    if link is None or path.is_dir() or path.is_absolute() or path.parent.is_dir():
-        raise FileNotFoundError(f"There is no file {path}. (A file on the Hub is written owner/name/file.pth.)")
-    revision = link["revision"] or hub_options.pop("revision", None)
-    return Path(hf_hub_download(link["repo"], link["name"], **{**hub_options, "revision": revision}))
+    is_local = path.exists() or path.is_absolute() or text.startswith((".", "~")) or path.parent.is_dir()
+    if link is None or is_local or link["repo"].startswith(("datasets/", "spaces/")):
+        raise FileNotFoundError(f"There is no file {path_or_link}. (A file on the Hub is written owner/name/file.pth.)")
+    revision = unquote(link["revision"]) if link["revision"] else hub_options.get("revision")
+    try:
+        return Path(hf_hub_download(link["repo"], link["name"], **{**hub_options, "revision": revision}))
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"There is no file {path_or_link}, neither here nor on the Hub: {_first_line(error)}"
+        ) from error
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -62,18 +76,25 @@ def read_checkpoint(path: Path) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=start == _ZIP)
-    except pickle.UnpicklingError as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged pickles make the unpickler fail in every thinkable way
         if foreign := re.search(r"GLOBAL (\S+)|class (\S+\.\S+)", str(error)):
             raise ValueError(
                 f"{path} holds a {foreign[1] or foreign[2]}, which could run code when it is read. Only tensors, plain "
                 "containers and argparse.Namespace are allowed; nothing was run."
             ) from error
-        raise ValueError(f"{path} is damaged: {_last_line(error)}") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or cut off: {_last_line(error)}") from error
+        raise ValueError(f"{path} is damaged or cut off: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict.")
     return content
+
+
+def check_state_dict(path: Path, part: str, state_dict: dict):
+    """Raises a `ValueError` unless a part of a file maps names to tensors."""
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: `{part}` holds {name!r}: {type(value).__name__}, where only tensors belong.")
 
 
 def check_tensors(
@@ -104,7 +125,8 @@ def check_tensors(
     }
     if reason or any(problems.values()):
         where = f" of `{part}`" if part else ""
-        lists = [f"Tensors{where} {what}: {_listed(names)}." for what, names in problems.items() if names]
+        limit = 5 if reason else None  # what follows from a known reason needs no full list
+        lists = [f"Tensors{where} {what}: {_listed(names, limit)}." for what, names in problems.items() if names]
         raise ValueError(" ".join([reason or f"{path} does not fit.", *lists]))
 
 
@@ -121,9 +143,10 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         ValueError: on entering, so before the work, if `path` exists already or its folder cannot be written to.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     try:
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        is_empty_folder = path.is_dir() and not path.is_symlink() and not any(path.iterdir()) and path != Path.cwd()
+        if os.path.lexists(path) and not is_empty_folder:
             raise ValueError(f"{path} exists already: choose another name, or remove it first.")
         path.parent.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}-unfinished-", dir=path.parent))
@@ -132,15 +155,18 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     try:
         unfinished = workplace / path.name
         yield unfinished
+        if path.is_dir():
+            path.rmdir()  # it is empty, but only a folder could take its name while it is there
         os.replace(unfinished, path)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
 
 
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+def _first_line(error: Exception) -> str:
+    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)  # the rest of that is advice
+    return f"{type(error).__name__}: {text.strip().partition(chr(10))[0]}"
 
 
-def _listed(names: list[str], limit: int = 20) -> str:
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+def _listed(names: list[str], limit: int | None) -> str:
+    more = f", and {len(names) - limit} more" if limit and len(names) > limit else ""
     return ", ".join(names[:limit]) + more

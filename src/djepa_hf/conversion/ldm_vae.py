@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers.utils import logging
 
-from .files import check_tensors, find_file, read_checkpoint
+from .files import check_state_dict, check_tensors, find_file, read_checkpoint
 from .sizes import KL16_SCALING_FACTOR
 
 logger = logging.get_logger(__name__)
@@ -30,6 +30,13 @@ _LDM_NAMES = tuple(
         (r"\.to_out\.0\.", ".proj_out."),
     )
 )
+_KL16 = {
+    "latent_channels": 16,
+    "block_out_channels": (128, 128, 256, 256, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",) * 5,
+}
 _IS_ATTENTION_MATRIX = re.compile(r"\.attn[._]\d\.(q|k|v|proj_out)\.weight$")
 
 
@@ -56,12 +63,17 @@ def load_ldm_vae(
     weights = content.get("model", content.get("state_dict"))
     if not isinstance(weights, dict) or "encoder.conv_in.weight" not in weights:
         raise ValueError(f"{file} is not an LDM autoencoder: there is no encoder.conv_in.weight under 'model'.")
+    check_state_dict(file, "model", weights)
     losses = [name for name in weights if name.startswith("loss.")]
     if losses:
         logger.info(f"{file}: leaving out {len(losses)} tensors of its training loss.")
     weights = {name: tensor for name, tensor in weights.items() if name not in losses}
+    try:
+        sizes = _sizes(weights)
+    except (KeyError, IndexError):
+        sizes = _KL16  # so that what is missing can be named
     with torch.device("meta"):
-        vae = AutoencoderKL(**_sizes(weights), scaling_factor=scaling_factor, sample_size=sample_size)
+        vae = AutoencoderKL(**sizes, scaling_factor=scaling_factor, sample_size=sample_size)
     levels = len(vae.config.block_out_channels)
     names = {name: _ldm_name(name, levels) for name in vae.state_dict()}
     expected = {}
@@ -82,7 +94,7 @@ def _sizes(weights: dict[str, torch.Tensor]) -> dict:
         return len({match[0] for name in weights if (match := re.match(pattern, name))})
 
     def channels(name: str, axis: int) -> int:
-        return weights[name].shape[axis] if name in weights else 1  # what is missing is reported with all the rest
+        return weights[name].shape[axis]
 
     levels = count(r"encoder\.down\.\d+\.block")
     attention = [f"encoder.down.{i}.attn.0.q.weight" in weights for i in range(levels)]

@@ -48,7 +48,7 @@ def to_official(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if name == _TABLE:
             official |= {_CLASSES: tensor[:-1], _NULL_CLASS: tensor[-1:]}
         else:
-            official[_official_name(name)] = tensor
+            official[official_name(name)] = tensor
     return official
 
 
@@ -62,10 +62,13 @@ def from_official(name: str, official: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     if name == _TABLE:
         return torch.cat([official[_CLASSES], official[_NULL_CLASS]])
-    return official[_official_name(name)]
+    return official[official_name(name)]
 
 
-def _official_name(name: str) -> str:
+def official_name(name: str) -> str:
+    """What the authors call one of our tensors."""
+    if name == _TABLE:
+        return _CLASSES
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)
     return name

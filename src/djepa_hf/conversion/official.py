@@ -3,7 +3,7 @@
 import copy
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from ..configuration_djepa import DJEPAConfig
 from ..modeling_djepa import DJEPAForPreTraining, DJEPAModel, check_weights
-from .files import check_tensors, find_file, read_checkpoint, written_whole
-from .names import from_official, to_official
-from .sizes import KL16_CHANNELS, contradictions, infer_config, preset_name
+from .files import check_state_dict, check_tensors, find_file, read_checkpoint, written_whole
+from .names import from_official, official_name, to_official
+from .sizes import KL16_CHANNELS, KL16_SCALING_FACTOR, contradictions, infer_config, preset_name
 
 logger = logging.get_logger(__name__)
 
@@ -47,21 +47,24 @@ def load_official_checkpoint(
             `argparse.Namespace`, contradicts `config`, or has tensors missing, left over or of another shape. They are
             all listed.
     """
+    check_config(config)
     file = find_file(path, **hub_options)
     checkpoint = read_checkpoint(file)
     online, ema = _part(checkpoint, "online", file), _part(checkpoint, "ema", file)
     config = _config_of(file, online, checkpoint.get("args"), config)
-    head = any(name.startswith(_HEAD) for name in online)
-    if not head and config.prediction_loss_weight > 0:
+    config.weights = None  # it is both copies
+    has_head = any(name.startswith(_HEAD) for name in online)
+    if not has_head and config.prediction_loss_weight > 0:
         logger.warning(f"{file} was trained without the prediction loss: `prediction_loss_weight` is set to 0.")
         config.prediction_loss_weight = 0.0
+    if config.prediction_loss_weight == 0:
+        online = _without_head(online)
     with torch.device("meta"):
         model = DJEPAForPreTraining(config)
     expected = to_official(model.djepa.state_dict()), to_official(model.target.state_dict())
-    if head:
+    if model.prediction_head is not None:
         expected[0].update(to_official(_under("prediction_head", model.prediction_head)))
-    # the average of the prediction head has no use: targets need the encoder, samples the rest
-    ema = {name: tensor for name, tensor in ema.items() if not name.startswith(_HEAD)}
+    ema = _without_head(ema)  # targets need the encoder's average, samples the rest's
     check_tensors(file, online, expected[0], "model")
     check_tensors(file, ema, expected[1], "model_ema")
 
@@ -85,7 +88,8 @@ def load_official_model(
     weights: str = "ema",
     dtype: torch.dtype | None = None,
     config: DJEPAConfig | dict[str, Any] | None = None,
-    num_channels: int | None = None,
+    vae_channels: int | None = None,
+    check: Callable[[DJEPAModel], Any] | None = None,
     **hub_options,
 ) -> DJEPAModel:
     """
@@ -96,7 +100,8 @@ def load_official_model(
         weights (`"ema"` or `"online"`, defaults to `"ema"`): which copy. The choice is kept in `config.weights`.
         dtype (`torch.dtype`, *optional*): of the model; as stored if not given.
         config ([`DJEPAConfig`] or `dict`, *optional*): as in [`load_official_checkpoint`].
-        num_channels (`int`, *optional*): those of the autoencoder's latents, where neither file nor `config` say.
+        vae_channels (`int`, *optional*): those of the autoencoder's latents, where neither file nor `config` say.
+        check (`Callable`, *optional*): called with the model before its weights are read, to raise what is wrong.
         **hub_options: as in [`load_official_checkpoint`].
 
     Raises:
@@ -104,19 +109,30 @@ def load_official_model(
         ValueError: as [`load_official_checkpoint`], if `weights` is neither, or if values overflow in `dtype`.
     """
     check_weights(weights)
+    check_config(config)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"`dtype` must be a torch.dtype such as torch.bfloat16, got {dtype!r}.")
     file = find_file(path, **hub_options)
     checkpoint = read_checkpoint(file)
     official = _part(checkpoint, weights, file)
-    config = _config_of(file, official, checkpoint.get("args"), config, num_channels)
+    config = _config_of(file, official, checkpoint.get("args"), config, vae_channels)
     config.weights = weights
-    official = {name: tensor for name, tensor in official.items() if not name.startswith(_HEAD)}
+    official = _without_head(official)
     with torch.device("meta"):
         model = DJEPAModel(config)
     check_tensors(file, official, to_official(model.state_dict()), _PARTS[weights])
+    if check is not None:
+        check(model)
     logger.warning(f"Taking the {'EMA' if weights == 'ema' else 'online'} weights of {file}.")
     loaded = {name: from_official(name, official) for name in model.state_dict()}
     model.load_state_dict(dict(_converted(loaded, dtype, file)), assign=True)
     return model.requires_grad_(True).eval()
+
+
+def check_config(config: DJEPAConfig | dict[str, Any] | None):
+    """Raises a `ValueError` unless `config` is a configuration, or arguments of one."""
+    if config is not None and not isinstance(config, DJEPAConfig | dict):
+        raise ValueError(f"`config` must be a DJEPAConfig or a dict of its arguments, got {config!r}.")
 
 
 def save_official_checkpoint(model: DJEPAForPreTraining | DJEPAModel, path: str | os.PathLike):
@@ -124,8 +140,8 @@ def save_official_checkpoint(model: DJEPAForPreTraining | DJEPAModel, path: str 
     Writes weights in the layout of the authors' training files, without an optimizer's state.
 
     Reading the file back gives the same bits, and the same configuration. The file has both copies of the network:
-    those of a [`DJEPAForPreTraining`], or twice the same of a published [`DJEPAModel`]. There is no moving average of
-    the prediction head here, so that both copies hold the online one.
+    those of a [`DJEPAForPreTraining`], or twice the same of a published [`DJEPAModel`], which has no prediction head.
+    Of the prediction head there is no moving average here, so that both copies hold the online one.
 
     Args:
         model ([`DJEPAForPreTraining`] or [`DJEPAModel`]): square images only; the layout knows no others.
@@ -135,7 +151,7 @@ def save_official_checkpoint(model: DJEPAForPreTraining | DJEPAModel, path: str 
         ValueError: if the grid is not a square, or `path` exists already or cannot be written.
     """
     config = model.config
-    if not isinstance(config.sample_size, int) or not isinstance(config.patch_size, int):
+    if len(config.sample_shape) != 2 or len({*config.sample_shape}) > 1 or len({*config.patch_shape}) > 1:
         raise ValueError(
             f"The official layout knows square images only; this model has `sample_size` {config.sample_size} and "
             f"`patch_size` {config.patch_size}."
@@ -149,10 +165,10 @@ def save_official_checkpoint(model: DJEPAForPreTraining | DJEPAModel, path: str 
     stride = 16 if config.num_channels == KL16_CHANNELS else 1
     args = Namespace(
         model=f"djepa_{preset_name(config) or 'custom'}",
-        img_size=config.sample_size * stride,
+        img_size=config.sample_shape[0] * stride,
         vae_stride=stride,
         vae_embed_dim=config.num_channels,
-        patch_size=config.patch_size,
+        patch_size=config.patch_shape[0],
         qk_norm=config.qk_norm,
         buffer_size=config.num_buffer_tokens,
         class_num=config.num_labels,
@@ -173,7 +189,10 @@ def _part(checkpoint: dict, weights: str, file: Path) -> dict[str, torch.Tensor]
         hint = (
             f'it has {other[0]} weights: weights="{other[0]}"' if other else f"its entries are {list(checkpoint)[:5]}"
         )
+        if other and "encoder.conv_in.weight" in checkpoint[_PARTS[other[0]]]:
+            raise ValueError(f"{file} is an autoencoder, not D-JEPA: read it with `load_ldm_vae`.")
         raise ValueError(f"{file} is not an official D-JEPA checkpoint with {_PARTS[weights]!r} in it; {hint}.")
+    check_state_dict(file, _PARTS[weights], part)
     part = {name.removeprefix("_orig_mod."): tensor for name, tensor in part.items()}
     named = str(getattr(checkpoint.get("args"), "model", ""))
     if "diffusion_pos_embed_learned" in part or named.startswith("mar_"):
@@ -186,19 +205,23 @@ def _config_of(
     official: dict[str, torch.Tensor],
     args: Namespace | None,
     config: DJEPAConfig | dict[str, Any] | None,
-    num_channels: int | None = None,
+    vae_channels: int | None = None,
 ) -> DJEPAConfig:
     problems = contradictions(config, official) if config is not None else []
     if problems:
-        expected = official
-        if isinstance(config, DJEPAConfig):
-            with torch.device("meta"):
-                expected = to_official(DJEPAModel(config).state_dict())
-            official = {name: tensor for name, tensor in official.items() if not name.startswith(_HEAD)}
-        check_tensors(file, official, expected, reason=f"{file} does not fit `config`: {'; '.join(problems)}.")
+        reason = f"{file} does not fit `config`: {'; '.join(problems)}."
+        if not isinstance(config, DJEPAConfig):
+            raise ValueError(reason)
+        with torch.device("meta"):
+            expected = to_official(DJEPAModel(config).state_dict())
+        check_tensors(file, _without_head(official), expected, reason=reason)
     if isinstance(config, DJEPAConfig):
-        return copy.deepcopy(config)
-    config = infer_config(file, official, args, config, num_channels)
+        config = copy.deepcopy(config)
+    else:
+        config = infer_config(file, official, args, config, vae_channels)
+    is_ours = hasattr(args, "djepa_hf")  # then the factor is known, or known to be unknown
+    if config.latent_scaling_factor is None and config.num_channels == KL16_CHANNELS and not is_ours:
+        config.latent_scaling_factor = KL16_SCALING_FACTOR
     preset = preset_name(config)
     logger.info(f"{file}: {f'the {preset} preset' if preset else 'sizes of no preset'}, read from the file.")
     return config
@@ -212,13 +235,17 @@ def _converted(
     for name, tensor in logging.tqdm(tensors.items(), desc="Reading weights"):
         converted = tensor.to(dtype or tensor.dtype, copy=True)
         if converted.dtype == torch.float16 and not converted.isfinite().all() and tensor.isfinite().all():
-            overflown.append(f"{name} (up to {tensor.abs().max():.3g})")
+            overflown.append(f"{official_name(name)} (up to {tensor.abs().max():.3g})")
         yield name, converted
     if overflown:
         raise ValueError(
             f"{file} has values beyond float16's range ({torch.finfo(torch.float16).max:.0f}) in "
             f"{', '.join(overflown)}. Use torch.bfloat16 or torch.float32."
         )
+
+
+def _without_head(official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in official.items() if not name.startswith(_HEAD)}
 
 
 def _under(prefix: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
