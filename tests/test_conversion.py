@@ -22,7 +22,7 @@ from djepa_hf import (
     load_official_checkpoint,
 )
 from djepa_hf.conversion import save_official_checkpoint
-from djepa_hf.conversion.files import find_file, written_whole
+from djepa_hf.conversion.files import find_file, read_checkpoint, written_whole
 from djepa_hf.conversion.names import to_official
 from djepa_hf.conversion.sizes import infer_config, preset_name, sizes_of_tensors
 
@@ -94,6 +94,12 @@ def test_the_model_does_not_depend_on_the_file_any_longer(golden, tmp_path):
     for model in (pipe.transformer, training.target):
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, golden.model.target.state_dict()[name])
+
+
+def test_files_are_mapped_and_not_read(golden):
+    checkpoint = read_checkpoint(golden.path)
+    tensors = [*checkpoint["model"].values(), *checkpoint["model_ema"].values()]
+    assert {tensor.untyped_storage().filename for tensor in tensors} == {str(golden.path)}
 
 
 def test_types(golden):
@@ -357,7 +363,7 @@ def test_a_vae_with_another_scaling_factor_is_refused(tmp_path):
     vae = tiny_vae(16)
     with pytest.raises(ValueError, match=r"latents times 0.2325, but the VAE's `scaling_factor` is 0.5"):
         DJEPAPipeline.from_single_file(tmp_path / "a.pth", vae=vae)
-    with pytest.raises(ValueError, match="the VAE's `scaling_factor` is 0.5"):
+    with pytest.raises(ValueError, match=r"the VAE's `scaling_factor` is 0.5"):
         DJEPAPipeline.from_single_file(tmp_path / "a.pth", vae=vae, config=model.config)
     other = DJEPAPipeline.from_single_file(tmp_path / "a.pth", vae=vae, config={"latent_scaling_factor": 0.5})
     assert other.transformer.config.latent_scaling_factor == 0.5, "who says so knows the VAE of the training"
