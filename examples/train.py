@@ -5,44 +5,57 @@
     accelerate launch examples/train.py --train_data_dir my_images --resolution 64 --patch_size 4
 
 Every option can stand in the YAML file and on the command line, which goes before the file. The result is a pipeline
-folder in `--output_dir`, with the moving average (EMA) of the weights, and beside it `loss.png`, `previews/` and the
-sampling options as `sampling.yaml` for the other scripts.
+folder in `--output_dir`, with the moving average (EMA) of the weights and a model card, and beside it `loss.png`,
+`previews/` and the sampling options as `sampling.yaml` for the other scripts.
+
+A run that was killed goes on with `--resume_from_checkpoint latest`; SIGTERM and SIGUSR1 save a checkpoint and stop.
+`--dry_run` shows what would be done, and stops.
 """
 
+import copy
+import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
-from torch.utils.data import DataLoader
+from PIL import Image
 from tqdm.auto import tqdm
 
-from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAPipeline
+from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
+from djepa_hf.accounting import mean_num_masked, parameters_per_part, training_flops, training_memory
 from djepa_hf.arguments import DataArguments, ModelArguments, SamplingArguments, TrainingArguments, parse_arguments
+from djepa_hf.batches import batch_loader, seed_of
 from djepa_hf.checkpoints import find_checkpoint, save_checkpoint
 from djepa_hf.configuration_djepa import PRESETS
-from djepa_hf.data import image_transform, load_training_data, num_image_channels
-from djepa_hf.latents import encode_images
+from djepa_hf.draws import draw_training
+from djepa_hf.interruption import StopSignals
+from djepa_hf.latents import decode_samples, latents_of_moments, posterior_moments
 from djepa_hf.loading import load_for_training, load_vae
 from djepa_hf.model_card import create_model_card
 from djepa_hf.optimization import ema_decay, parameter_groups, set_weight_decay
 from djepa_hf.schedulers import token_scheduler_for
+from djepa_hf.training_data import TrainingData, load_training_samples
 from djepa_hf.visualization import labelled_grid, plot_losses
 
 PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 8
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class History:
-    """What happened so far, kept across a resume: the weights that training started from, the losses of every step."""
+    """What happened so far, kept across a resume."""
 
-    def __init__(self, init_from: str | None):
-        self.init_from = init_from
+    def __init__(self, init_from: str | None, global_batch: int):
+        self.init_from = init_from  # the weights that training started from
+        self.global_batch = global_batch  # images per step; without it, `step` would not say where in the data we are
+        self.skipped_steps = 0
         self.losses: dict[str, list[float]] = {"diffusion_loss": [], "prediction_loss": []}
 
     def append(self, losses: dict[str, float]):
@@ -53,6 +66,11 @@ class History:
         return vars(self)
 
     def load_state_dict(self, state: dict):
+        if state["global_batch"] != self.global_batch:
+            raise ValueError(
+                f"The checkpoint was made with {state['global_batch']} images per step, this run has "
+                f"{self.global_batch}: choose `train_batch_size` and `gradient_accumulation_steps` to match."
+            )
         vars(self).update(state)
 
 
@@ -64,15 +82,16 @@ class Run:
     sampling: SamplingArguments
     accelerator: Accelerator
     model: DJEPAForPreTraining  # as Accelerate prepared it: possibly wrapped
-    loader: DataLoader
+    data: TrainingData
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     vae: AutoencoderKL | None
     total_steps: int
-    steps_per_epoch: int
-    source: str  # of the data
     history: History
+    signals: StopSignals
     step: int = 0
+    skipped_in_a_row: int = 0
+    num_unreadable: int = 0
 
     @property
     def output_dir(self) -> Path:
@@ -80,43 +99,65 @@ class Run:
 
     @property
     def online(self) -> DJEPAForPreTraining:
-        return self.accelerator.unwrap_model(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def save(self) -> Path:
         limit = self.args.checkpoints_total_limit
         return save_checkpoint(self.accelerator, self.output_dir, self.step, self.online.config, limit)
 
-    def pipeline(self) -> DJEPAPipeline:
-        """A pipeline over the moving average as it is now."""
-        objective = self.online.config.objective
+    def pipeline(self) -> DJEPAPipeline | None:
+        """
+        A pipeline over the moving average as it is now. Where the weights are spread over processes, all must call
+        this, and the main process gets it.
+        """
+        if self.accelerator.distributed_type not in SHARDED:
+            return self.pipeline_of(self.online.export("ema"))
+        weights = self.accelerator.get_state_dict(self.model)
+        if not self.accelerator.is_main_process:
+            return None
+        model = DJEPAModel(copy.deepcopy(self.online.config))
+        model.config.weights = "ema"
+        model.load_state_dict({name: weights[f"target.{name}"] for name in model.state_dict()})
+        return self.pipeline_of(model.to(self.accelerator.device).eval())
+
+    def pipeline_of(self, model: DJEPAModel) -> DJEPAPipeline:
+        objective = model.config.objective
         options = {"timestep_spacing": self.args.timestep_spacing} if objective == "diffusion" else {}
-        pipe = DJEPAPipeline(self.online.export("ema"), token_scheduler_for(objective, **options), self.vae)
+        pipe = DJEPAPipeline(model, token_scheduler_for(objective, **options), self.vae)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def check_sampling(self):
         """Raises a `ValueError` now, rather than after training, if previews could not be sampled."""
-        pipe = self.pipeline()
+        with torch.device("meta"):
+            pipe = self.pipeline_of(DJEPAModel(self.online.config))
         options = self.sampling.call_options(pipe.transformer.config.num_tokens)
         pipe.check_inputs(1, num_images_per_label=1, output_type="pil", **options)
 
 
-def initial_model(
-    args: ModelArguments, names: list[str], resolution: int, channels: int, vae: AutoencoderKL | None
-) -> DJEPAForPreTraining:
+def initial_model(args: ModelArguments, data: TrainingData, vae: AutoencoderKL | None) -> DJEPAForPreTraining:
     """The model before the first step: sizes from the options, the rest from data and autoencoder."""
     options = {name: value for name, value in asdict(args).items() if value is not None}
     preset, init_from = options.pop("preset", None), options.pop("init_from", None)
+    options |= {"sample_size": data.resolution, "num_channels": data.channels, "id2label": dict(enumerate(data.names))}
     if vae is not None:
         stride = 2 ** (len(vae.config.block_out_channels) - 1)
-        if resolution % stride:
-            raise ValueError(f"`resolution` {resolution} must be divisible by the VAE's stride {stride}.")
-        resolution, channels = resolution // stride, vae.config.latent_channels
+        if data.resolution % stride:
+            raise ValueError(f"`resolution` {data.resolution} must be divisible by the VAE's stride {stride}.")
+        options |= {"sample_size": data.resolution // stride, "num_channels": vae.config.latent_channels}
         options["latent_scaling_factor"] = vae.config.scaling_factor
-    options |= {"sample_size": resolution, "num_channels": channels, "id2label": dict(enumerate(names))}
     if init_from is None:
         return DJEPAForPreTraining(DJEPAConfig.from_preset(preset or "base", **options))
     return load_for_training(init_from, PRESETS.get(preset, {}) | options)
+
+
+def check_same_model(config: DJEPAConfig, folder: Path):
+    """Raises a `ValueError` that names how the model differs from the one in a checkpoint."""
+    saved, current = DJEPAConfig.from_pretrained(folder).to_dict(), config.to_dict()
+    differing = [name for name in DJEPAConfig.__annotations__ if saved.get(name) != current.get(name)]
+    if differing:
+        lists = "; ".join(f"{name} is {saved.get(name)}, not {current.get(name)}" for name in differing)
+        raise ValueError(f"The checkpoint {folder} holds another model: {lists}.")
 
 
 def prepare(
@@ -124,40 +165,31 @@ def prepare(
 ) -> Run:
     """Loads and checks everything before the first step."""
     output_dir = Path(args.output_dir)
-    resume = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    if resume is None and any(output_dir.glob("checkpoint-*")):
-        raise ValueError(
-            f"{output_dir} holds checkpoints of another run: pass `resume_from_checkpoint` 'latest' to go on with it, "
-            "or another `output_dir`."
-        )
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "logs"),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
+    resume = args.resume_from_checkpoint
+    resume = find_checkpoint(accelerator, output_dir, resume) if resume else None
+    if resume is None and any(output_dir.glob("checkpoint-*")):
+        raise ValueError(
+            f"{output_dir} holds checkpoints of another run: pass `resume_from_checkpoint` 'latest' to go on with it, "
+            "or another `output_dir`."
+        )
     set_seed(args.seed, device_specific=True)
 
-    data = load_training_data(
-        data_args.dataset_name, data_args.train_data_dir, data_args.image_column, data_args.label_column
-    )
-    names = data.features["label"].names
-    vae = load_vae(data_args.pretrained_vae_model_name_or_path) if data_args.pretrained_vae_model_name_or_path else None
-    channels = num_image_channels(data) if vae is None else vae.config.in_channels
-    model = initial_model(model_args, names, data_args.resolution, channels, vae)
+    vae = data_args.pretrained_vae_model_name_or_path
+    vae = load_vae(vae) if vae else None
+    data = load_training_samples(data_args, vae, args.seed, accelerator.process_index, accelerator.num_processes)
+    model = initial_model(model_args, data, vae)
+    if resume is not None:
+        check_same_model(model.config, resume[0])
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
-
-    data.set_transform(image_transform(data_args.resolution, channels, data_args.random_flip))
-    loader = DataLoader(
-        data,
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        drop_last=len(data) >= args.train_batch_size,
-        num_workers=data_args.dataloader_num_workers,
-        generator=torch.Generator().manual_seed(args.seed),  # of its own: shuffling must not disturb the model's draws
-    )
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * data.count_images() / global_batch)
     optimizer = torch.optim.AdamW(
         parameter_groups(model),
         lr=args.learning_rate,
@@ -166,34 +198,15 @@ def prepare(
         weight_decay=args.adam_weight_decay,
         fused=True,
     )
-    loader = accelerator.prepare(loader)  # first: its length is now this process's share
-    steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
-    total_steps = args.num_train_epochs * steps_per_epoch if args.max_train_steps is None else args.max_train_steps
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,  # a prepared schedule advances once per
-        num_training_steps=total_steps * accelerator.num_processes,  # process and step
-    )
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    # not prepared: it advances once per step, whatever the number of processes
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, total_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
     if vae is not None:
         vae.to(accelerator.device)
-    run = Run(
-        args,
-        sampling,
-        accelerator,
-        model,
-        loader,
-        optimizer,
-        lr_scheduler,
-        vae,
-        total_steps,
-        steps_per_epoch,
-        source=data_args.dataset_name or Path(data_args.train_data_dir).name,
-        history=History(model_args.init_from),
-    )
+    history, signals = History(model_args.init_from, global_batch), StopSignals()
+    run = Run(args, sampling, accelerator, model, data, optimizer, lr_scheduler, vae, total_steps, history, signals)
     run.check_sampling()
-    accelerator.register_for_checkpointing(run.history)
+    accelerator.register_for_checkpointing(history, lr_scheduler)
     if resume is not None:
         folder, run.step = resume
         accelerator.load_state(folder)
@@ -203,97 +216,161 @@ def prepare(
     if args.report_to:
         accelerator.init_trackers("djepa", config=asdict(args) | asdict(data_args) | asdict(model_args))
     accelerator.print(
-        f"{len(data):,} images of {len(names)} classes, {run.online.djepa.num_parameters():,} parameters, "
-        f"{total_steps:,} steps on {accelerator.num_processes} x {accelerator.device.type}."
+        f"{data.source}: {len(data.names)} classes, {run.online.djepa.num_parameters():,} parameters, "
+        f"{total_steps:,} steps of {global_batch} images on {accelerator.num_processes} x {accelerator.device.type}."
     )
     return run
 
 
-def training_step(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+@torch.no_grad()
+def model_inputs(run: Run, batch: dict, number: int) -> dict:
     """
-    Forward, backward and, at the end of an accumulation, an update of weights and moving average.
+    What the model gets for a batch of this process, the `number`-th since training began.
+
+    All randomness but dropout is drawn for the batches of all processes together, and depends on the seed and on
+    `number` alone: one process or eight, interrupted or not, the losses are the same.
+    """
+    accelerator, size, online = run.accelerator, len(batch["class_labels"]), run.online
+    first, together = accelerator.process_index * size, accelerator.num_processes * size
+    sample, device = batch["sample"].to(accelerator.device, non_blocking=True), accelerator.device
+    if run.vae is not None:
+        moments = (sample if run.data.is_cached else posterior_moments(sample, run.vae)).float()
+        generator = torch.Generator(device).manual_seed(seed_of("latents", run.args.seed, number))
+        noise = torch.randn(together, moments.shape[1] // 2, *moments.shape[2:], generator=generator, device=device)
+        vae = run.vae.config
+        sample = latents_of_moments(moments, noise[first : first + size], vae.scaling_factor, vae.shift_factor)
+    seed = seed_of("step", run.args.seed, number)
+    draws = draw_training(online.config, online.token_scheduler, together, device, seed)
+    labels = batch["class_labels"].to(device, non_blocking=True)
+    return {"sample": sample, "class_labels": labels, "draws": draws.rows(first, first + size)}
+
+
+def training_step(run: Run, batches: Iterator[dict]) -> dict[str, float]:
+    """
+    One update of weights and moving average, from `gradient_accumulation_steps` batches.
+
+    A step whose loss or gradient is not finite changes nothing: it is counted, and the images are written down.
 
     Raises:
-        FloatingPointError: if a loss or gradient is not finite. The state before this step is saved first.
+        FloatingPointError: after `max_skipped_steps` such steps in a row. A checkpoint is saved first.
     """
     args, accelerator = run.args, run.accelerator
-    with torch.no_grad():
-        sample = encode_images(batch["sample"], run.vae)
-    output = run.model(sample, batch["class_labels"])
-    # one loss that is not finite, on any process, makes the mean so
-    losses = accelerator.reduce(torch.stack([output.diffusion_loss, output.prediction_loss]).detach(), "mean").tolist()
-    if not all(map(math.isfinite, losses)):
-        stop_at_last_good_state(run, f"The losses became {losses}")
-    set_weight_decay(run.optimizer, args.adam_weight_decay, run.step / run.total_steps)
-    accelerator.backward(output.loss)
-    if accelerator.sync_gradients:
-        norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
-        if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler lowers its scale and skips the step
-            stop_at_last_good_state(run, f"The gradient's norm became {norm.item()}")
-    run.optimizer.step()
-    run.lr_scheduler.step()
+    accumulated, ids = [], []
+    for i in range(args.gradient_accumulation_steps):
+        batch = next(batches)
+        write_down_unreadable(run, batch["unreadable"])
+        ids += batch["id"].tolist()
+        with accelerator.accumulate(run.model):
+            output = run.model(**model_inputs(run, batch, run.step * args.gradient_accumulation_steps + i))
+            accelerator.backward(output.loss)
+            accumulated.append(torch.stack([output.diffusion_loss, output.prediction_loss]).detach())
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    asked_to_stop = torch.tensor([float(run.signals.name is not None)], device=accelerator.device)
+    stats = accelerator.reduce(torch.cat([torch.stack(accumulated).mean(0), asked_to_stop]), "mean")
+    *losses, stop, norm = torch.cat([stats, norm.reshape(1).to(stats)]).tolist()  # the step's one wait for the device
+    losses = dict(zip(run.history.losses, losses, strict=True))
+    is_finite = all(map(math.isfinite, (*losses.values(), norm)))
+    if is_finite or accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale
+        set_weight_decay(run.optimizer, args.adam_weight_decay, run.step / run.total_steps)
+        run.optimizer.step()
     run.optimizer.zero_grad()
-    if accelerator.sync_gradients:
-        run.step += 1
-        # the ramp is there to forget a random start; an average of earlier training is worth keeping
-        decay = args.ema_decay if run.history.init_from else ema_decay(args.ema_decay, run.step)
+    run.lr_scheduler.step()
+    run.step += 1
+    run.history.append(losses)
+    # the ramp is there to forget a random start; an average of earlier training is worth keeping
+    decay = args.ema_decay if run.history.init_from else ema_decay(args.ema_decay, run.step)
+    if is_finite:
         run.online.update_target(decay)
-    return dict(zip(("diffusion_loss", "prediction_loss"), losses, strict=True))
+    count_skipped(run, is_finite, losses | {"gradient_norm": norm}, ids)
+    return losses | {"gradient_norm": norm, "ema_decay": decay, "stop": stop}
 
 
-def stop_at_last_good_state(run: Run, problem: str):
-    """Saves the state, which the failed step has not touched, and raises."""
-    folder = run.save()
-    raise FloatingPointError(
-        f"{problem} in step {run.step + 1}. The last good state, after step {run.step}, is in {folder}. A lower "
-        "`learning_rate` or `mixed_precision` 'no' may help."
-    )
+def count_skipped(run: Run, is_finite: bool, values: dict[str, float], ids: list[int]):
+    """Writes down a step that was skipped, and stops a run that does nothing else."""
+    if is_finite:
+        run.skipped_in_a_row = 0
+        return
+    run.history.skipped_steps += 1
+    run.skipped_in_a_row += 1
+    record = {"step": run.step, "process": run.accelerator.process_index, **values, "images": ids}
+    with (run.output_dir / "skipped_steps.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    if run.skipped_in_a_row >= run.args.max_skipped_steps:
+        folder = run.save()
+        raise FloatingPointError(
+            f"Losses or gradients were not finite in {run.skipped_in_a_row} steps in a row, the last with {values}. "
+            f"{run.output_dir / 'skipped_steps.jsonl'} lists the images, {folder} holds the weights before. A lower "
+            "`learning_rate` or `mixed_precision` 'no' may help."
+        )
 
 
-def train(run: Run):
-    """Steps until `total_steps`, with a progress bar, previews, checkpoints and trackers."""
+def write_down_unreadable(run: Run, names: list[str]):
+    """Counts images that could not be read and names them in a file; too many are an error."""
+    if not names:
+        return
+    run.num_unreadable += len(names)
+    path = run.output_dir / "unreadable_images.log"
+    with path.open("a") as file:
+        file.writelines(f"{name}\n" for name in names)
+    if run.num_unreadable > run.args.max_unreadable_images:
+        raise ValueError(
+            f"{run.num_unreadable} images could not be read, more than `max_unreadable_images` "
+            f"({run.args.max_unreadable_images}). {path} names them."
+        )
+
+
+def train(run: Run) -> bool:
+    """
+    Steps until `total_steps`, with a progress bar, previews, checkpoints and trackers.
+
+    Returns:
+        `bool`: whether training is over, and was not stopped by a signal.
+    """
     args, accelerator, first_step = run.args, run.accelerator, run.step
-    images_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    batches = batch_loader(
+        run.data.samples,
+        args.train_batch_size,
+        run.data.num_workers,
+        accelerator.process_index,
+        accelerator.num_processes,
+        args.seed,
+        first_batch=run.step * args.gradient_accumulation_steps,
+    )
     progress = tqdm(total=run.total_steps, initial=run.step, desc="training", disable=not accelerator.is_main_process)
     started = time.perf_counter()
-    epoch, done = divmod(run.step, run.steps_per_epoch)
     run.model.train()
-    losses_of_step = []
     while run.step < run.total_steps:
-        run.loader.set_epoch(epoch)
-        skipped = done * args.gradient_accumulation_steps
-        for batch in accelerator.skip_first_batches(run.loader, skipped) if skipped else run.loader:
-            with accelerator.accumulate(run.model):
-                losses_of_step.append(training_step(run, batch))
-            if not accelerator.sync_gradients:
-                continue
-            losses = {
-                name: sum(part[name] for part in losses_of_step) / len(losses_of_step) for name in losses_of_step[0]
-            }
-            losses_of_step.clear()
-            run.history.append(losses)
-            rate = (run.step - first_step) * images_per_step / (time.perf_counter() - started)
-            shown = {name: f"{value:.3f}" for name, value in losses.items()}
-            progress.set_postfix(shown | {"images/s": f"{rate:.0f}"}, refresh=False)
-            progress.update()
-            if args.report_to and run.step % args.logging_steps == 0:
-                learning_rate = run.lr_scheduler.get_last_lr()[0]
-                accelerator.log({**losses, "lr": learning_rate, "images_per_second": rate}, step=run.step)
-            if args.validation_steps and run.step % args.validation_steps == 0:
-                preview(run, f"step-{run.step:06d}.png")
-            if args.checkpointing_steps and run.step % args.checkpointing_steps == 0:
-                run.save()
-            if run.step == run.total_steps:
-                break
-        epoch, done = epoch + 1, 0
+        values = training_step(run, batches)
+        stop = values.pop("stop")
+        rate = (run.step - first_step) * run.history.global_batch / (time.perf_counter() - started)
+        values |= {"learning_rate": run.lr_scheduler.get_last_lr()[0], "images_per_second": rate}
+        values |= {"skipped_steps": run.history.skipped_steps}
+        progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        progress.update()
+        if args.report_to and run.step % args.logging_steps == 0:
+            accelerator.log(values, step=run.step)
+        if args.validation_steps and run.step % args.validation_steps == 0:
+            preview(run, f"step-{run.step:06d}.png")
+        is_due = args.checkpointing_steps and run.step % args.checkpointing_steps == 0
+        if is_due or stop:
+            folder = run.save()
+        if stop:
+            progress.close()
+            accelerator.print(
+                f"Stopped by {run.signals.name or 'a signal'} after step {run.step}; {folder} is complete. Go on with "
+                "`--resume_from_checkpoint latest`."
+            )
+            return False
     progress.close()
+    return True
 
 
 def preview(run: Run, name: str):
     """A labelled grid of the first classes from the moving average, from the same noise every time."""
+    pipe = run.pipeline()  # by all processes: the weights may be spread over them
     if not run.accelerator.is_main_process:
         return
-    pipe = run.pipeline()
     config = pipe.transformer.config
     labels = list(range(min(PREVIEW_CLASSES, config.num_labels)))
     options = run.sampling.call_options(config.num_tokens)
@@ -301,29 +378,40 @@ def preview(run: Run, name: str):
     images = pipe(labels, num_images_per_label=PREVIEW_IMAGES, generator=generator, **options).images
     rows = [(config.id2label[i], images[i * PREVIEW_IMAGES : (i + 1) * PREVIEW_IMAGES]) for i in labels]
     folder = run.output_dir / "previews"
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "frames").mkdir(parents=True, exist_ok=True)
     labelled_grid(rows).save(folder / name)
+    for i in labels:
+        images[i * PREVIEW_IMAGES].save(folder / "frames" / f"{run.step:08d}-{i:02d}.png")
+    save_film_strip(folder)
+
+
+def save_film_strip(folder: Path):
+    """One row per preview so far, one picture per class: how the moving average got better."""
+    frames: dict[str, list[Image.Image]] = {}
+    for path in sorted((folder / "frames").glob("*.png")):
+        frames.setdefault(str(int(path.stem.split("-")[0])), []).append(Image.open(path))
+    labelled_grid(list(frames.items())).save(folder / "film_strip.png")
 
 
 def publish(run: Run):
-    """Writes the pipeline, with the moving average, a last preview and the loss curves."""
+    """Writes the pipeline, with the moving average, a model card, a last preview and the loss curves."""
     run.accelerator.wait_for_everyone()
+    pipe = run.pipeline()
+    preview(run, "final.png")
     if run.accelerator.is_main_process:
-        pipe = run.pipeline()
         pipe.save_pretrained(run.output_dir)
-        sampling = run.sampling.call_options(run.online.config.num_tokens)
+        options = run.sampling.call_options(pipe.transformer.config.num_tokens)
         card = create_model_card(
             pipe,
             str(run.output_dir),
             recipe(run),
-            sampling=sampling,
-            datasets=[run.source] if is_hub_id(run.source) else None,
+            sampling=options,
+            datasets=[run.data.source] if is_hub_id(run.data.source) else None,
             base_model=run.history.init_from if is_hub_id(run.history.init_from) else None,
         )
         card.save(run.output_dir / "README.md")
-        preview(run, "final.png")
-        parameters = run.online.djepa.num_parameters() / 1e6
-        title = f"{run.online.config.objective}, {parameters:.1f}M parameters"
+        parameters = pipe.transformer.num_parameters() / 1e6
+        title = f"{pipe.transformer.config.objective}, {parameters:.1f}M parameters"
         losses = {name.replace("_", " "): values for name, values in run.history.losses.items()}
         plot_losses(list(range(1, run.step + 1)), losses, run.output_dir / "loss.png", title)
         (run.output_dir / "sampling.yaml").write_text(yaml.safe_dump(asdict(run.sampling), sort_keys=False))
@@ -337,18 +425,49 @@ def is_hub_id(name: str | None) -> bool:
 
 def recipe(run: Run) -> str:
     """What the model card says of the training, in Markdown."""
-    args, accelerator = run.args, run.accelerator
-    batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    images = f"{len(run.loader.dataset):,} images of {run.source}"
-    init_from = run.history.init_from
-    start = f" It started from the weights of `{init_from}`." if init_from else ""
+    args, history = run.args, run.history
+    start = f" It started from the weights of `{history.init_from}`." if history.init_from else ""
     return (
-        f"On {images}: {run.step:,} steps with a batch of {batch}, AdamW with a peak learning rate of "
-        f"{args.learning_rate:g} ({args.lr_scheduler}, {args.lr_warmup_steps:,} steps of warm-up), betas "
+        f"On {run.data.source}: {run.step:,} steps with a batch of {history.global_batch}, AdamW with a peak learning "
+        f"rate of {args.learning_rate:g} ({args.lr_scheduler}, {args.lr_warmup_steps:,} steps of warm-up), betas "
         f"{args.adam_beta1:g} and {args.adam_beta2:g}, weight decay rising from 0 to {args.adam_weight_decay:g}, "
         f"gradients clipped to {args.max_grad_norm:g}, moving average with a decay of {args.ema_decay:g}, mixed "
-        f"precision {accelerator.mixed_precision}.{start}"
+        f"precision {run.accelerator.mixed_precision}.{start}"
     )
+
+
+def show_plan(run: Run):
+    """What a training run would do: sizes, cost, schedule, and the first batch as a picture."""
+    args, model, accelerator = run.args, run.online, run.accelerator
+    batch = next(batch_loader(run.data.samples, args.train_batch_size, 0, seed=args.seed))
+    if not accelerator.is_main_process:
+        return
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    sample = model_inputs(run, batch, 0)["sample"][:64]
+    images = (decode_samples(sample, run.vae).float() / 2 + 0.5).clamp(0, 1)
+    pictures = DJEPAPipeline.numpy_to_pil(images.movedim(1, -1).cpu().numpy())
+    by_class: dict[str, list[Image.Image]] = {}
+    for picture, label in zip(pictures, batch["class_labels"].tolist(), strict=False):
+        by_class.setdefault(run.data.names[label].split(",")[0], []).append(picture)
+    labelled_grid(list(by_class.items())).save(run.output_dir / "first_batch.png")
+    flops, config = training_flops(model.config), model.config
+    half = accelerator.mixed_precision != "no"
+    memory = training_memory(model, args.train_batch_size, half)
+    plan = {f"parameters, {name}": f"{count:,}" for name, count in parameters_per_part(model).items()}
+    plan |= {f"FLOPs per image, {name}": f"{count / 1e9:,.1f} G" for name, count in flops.items()}
+    plan["FLOPs per step, all"] = f"{sum(flops.values()) * run.history.global_batch / 1e12:,.2f} T"
+    plan |= {f"memory per process, {name}": f"{count / 2**30:,.2f} GiB" for name, count in memory.items()}
+    plan["tokens per image"] = f"{config.num_tokens}, {mean_num_masked(config):.0f} of them hidden on average"
+    plan["images per step"] = f"{run.history.global_batch:,} on {accelerator.num_processes} process(es)"
+    if not args.max_train_steps or not run.data.is_stream:
+        plan["steps per epoch"] = f"{run.data.count_images() / run.history.global_batch:,.1f}"
+    plan["steps"] = f"{run.total_steps:,}"
+    plan["peak learning rate"] = f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps:,} warm-up steps"
+    plan["mixed precision"] = accelerator.mixed_precision
+    width = max(map(len, plan))
+    print(yaml.safe_dump(json.loads(config.to_json_string(use_diff=True)), sort_keys=False)[:2000])
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in plan.items()))
+    print(f"The first batch is in {run.output_dir / 'first_batch.png'}. Nothing was trained.")
 
 
 def parse_options(
@@ -360,8 +479,10 @@ def parse_options(
 
 def main(argv: list[str] | None = None):
     run = prepare(*parse_options(argv))
-    train(run)
-    publish(run)
+    if run.args.dry_run:
+        show_plan(run)
+    elif train(run):
+        publish(run)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAModel
+from djepa_hf.draws import draw_training
 from djepa_hf.masking import gather_tokens, random_token_order
 from djepa_hf.networks import TimeEmbeddingLinear, ZeroInitLinear
+from djepa_hf.schedulers import token_scheduler_for
 
 LIMIT = 2e-5
 
@@ -192,9 +194,25 @@ def test_labels_are_dropped_in_training_only_and_never_for_the_target():
 
 
 def test_label_dropout_has_its_rate():
-    model = tiny_pretraining(label_dropout_prob=0.1)
-    dropped = (model._drop_labels(torch.zeros(20000, dtype=torch.long)) == 5).float().mean()
+    config = tiny_config(label_dropout_prob=0.1, diffusion_batch_mul=1)
+    dropped = draw_training(config, token_scheduler_for(config.objective), 20000).dropped_labels.float().mean()
     assert dropped.item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_draws_of_a_batch_can_be_shared_out():
+    """Two halves of a batch with their share of its draws have the losses of the whole."""
+    model = tiny_pretraining(label_dropout_prob=0.5).train()
+    sample, labels = torch.randn(6, 1, 8, 8), torch.arange(6) % 5
+    draws = draw_training(model.config, model.token_scheduler, 6, seed=3)
+    whole = model(sample, labels, draws=draws)
+    halves = [model(sample[a:b], labels[a:b], draws=draws.rows(a, b)) for a, b in ((0, 3), (3, 6))]
+    for name in ("loss", "diffusion_loss", "prediction_loss"):
+        mean = sum(half[name] for half in halves) / 2
+        torch.testing.assert_close(mean, whole[name])
+    again = draw_training(model.config, model.token_scheduler, 6, seed=3)
+    assert torch.equal(again.noise, draws.noise)
+    assert torch.equal(again.order, draws.order)
+    assert not torch.equal(draw_training(model.config, model.token_scheduler, 6, seed=4).order, draws.order)
 
 
 def test_training_draws_its_own_masks():

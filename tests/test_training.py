@@ -2,15 +2,12 @@
 
 import json
 import logging
-import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import train
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import tiny_pipeline, tiny_pretraining, tiny_vae
 from huggingface_hub import ModelCard
@@ -51,11 +48,17 @@ def run(output_dir, **options):
     return output_dir
 
 
+def latest(output_dir):
+    return find_checkpoint(Accelerator(), output_dir, "latest")
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """45 steps are a little more than one epoch of the 1,347 training digits."""
     options = {"max_train_steps": 45, "learning_rate": 2e-3, "checkpointing_steps": 15, "validation_steps": 30}
-    return run(tmp_path_factory.mktemp("digits"), **DIGITS, **options, hidden_dropout_prob=0.1, report_to="tensorboard")
+    options |= {"random_flip": True}  # which the seed decides, and not the state of a generator
+    options |= {"hidden_dropout_prob": 0.1, "report_to": "tensorboard"}
+    return run(tmp_path_factory.mktemp("digits"), **{**DIGITS, **options})
 
 
 def test_the_result_is_a_pipeline_with_the_ema_weights(digits_run):
@@ -72,9 +75,10 @@ def test_the_result_is_a_pipeline_with_the_ema_weights(digits_run):
 
 
 def test_there_is_something_to_see(digits_run):
-    for name in ("loss.png", "previews/step-000030.png", "previews/final.png"):
+    for name in ("loss.png", "previews/step-000030.png", "previews/final.png", "previews/film_strip.png"):
         with Image.open(digits_run / name) as picture:
-            assert min(picture.size) > 300
+            assert picture.width > 300
+            assert picture.height > (300 if "strip" not in name else 90)
             assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 10
     assert list((digits_run / "logs").rglob("events.out.tfevents*"))
     index = json.loads((digits_run / "model_index.json").read_text())
@@ -92,8 +96,9 @@ def test_training_learns_and_the_average_moves(digits_run):
 
 
 def test_resuming_continues_as_if_nothing_had_happened(digits_run, tmp_path):
-    options = {"max_train_steps": 45, "learning_rate": 2e-3, "hidden_dropout_prob": 0.1}
-    resumed = run(tmp_path / "resumed", **DIGITS, **options, resume_from_checkpoint=digits_run / "checkpoint-30")
+    options = {"max_train_steps": 45, "learning_rate": 2e-3, "hidden_dropout_prob": 0.1, "random_flip": True}
+    options |= {"resume_from_checkpoint": digits_run / "checkpoint-30", "dataloader_num_workers": 1}
+    resumed = run(tmp_path / "resumed", **{**DIGITS, **options})
     expected = load_file(digits_run / "transformer" / "model.safetensors")
     for name, tensor in load_file(resumed / "transformer" / "model.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
@@ -103,11 +108,11 @@ def test_checkpoints_are_found_and_limited(tmp_path):
     options = {"max_train_steps": 6, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
     run(tmp_path, **DIGITS, **options)
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
-    assert find_checkpoint(tmp_path, "latest") == (tmp_path / "checkpoint-6", 6)
-    assert find_checkpoint(tmp_path, "checkpoint-4") == (tmp_path / "checkpoint-4", 4)
+    assert latest(tmp_path) == (tmp_path / "checkpoint-6", 6)
+    assert find_checkpoint(Accelerator(), tmp_path, "checkpoint-4") == (tmp_path / "checkpoint-4", 4)
     with pytest.raises(ValueError, match="no checkpoint 'checkpoint-5'"):
-        find_checkpoint(tmp_path, "checkpoint-5")
-    with pytest.raises(ValueError, match=r"'latest', but .* holds no checkpoint"):
+        find_checkpoint(Accelerator(), tmp_path, "checkpoint-5")
+    with pytest.raises(ValueError, match=r"'latest', but .* holds no sound checkpoint"):
         run(tmp_path / "empty", **DIGITS, resume_from_checkpoint="latest")
 
 
@@ -190,32 +195,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(golden, digits_run, tmp_pat
 def test_the_result_has_a_card(digits_run):
     card = ModelCard.load(digits_run / "README.md")
     assert f'from_pretrained("{digits_run}")' in card.text
-    assert "On 1,347 images of digits: 45 steps with a batch of 32, AdamW" in card.text
+    assert "On digits: 45 steps with a batch of 32, AdamW" in card.text
     assert "    num_inference_steps=2,\n    num_denoising_steps=2,\n" in card.text
     assert "EMA (the moving average" in card.text
-
-
-def test_two_processes_train_together(tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train.__file__]
-    options = {**DIGITS, "max_train_steps": 4, "checkpointing_steps": 4, "train_batch_size": 8}
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, *command, *command_line(tmp_path, **options)]
-    output = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout
-    assert "4 steps on 2 x cpu" in output
-    weights = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
-    pipe = DJEPAPipeline.from_pretrained(tmp_path)
-    assert torch.equal(pipe.transformer.predictor.mask_token, weights["target.predictor.mask_token"])
-    assert len(list((tmp_path / "checkpoint-4").glob("random_states_*.pkl"))) == 2
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
-    options = {"max_train_steps": 9, "learning_rate": 1e25, "lr_warmup_steps": 3}
-    with pytest.raises(FloatingPointError, match=r"in step \d+\. The last good state, after step \d+, is in"):
-        run(tmp_path, **{**DIGITS, **options})
-    folder, step = find_checkpoint(tmp_path, "latest")
-    assert 0 < step < 9
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "model.safetensors").values())
-    assert not (tmp_path / "model_index.json").exists()
 
 
 @pytest.fixture
@@ -258,7 +240,7 @@ def test_epochs_count_accumulated_steps(picture_folder, tmp_path):
     options = {"train_data_dir": picture_folder, "resolution": 8, "train_batch_size": 2, "num_train_epochs": 2}
     accumulated = {"gradient_accumulation_steps": 2, "checkpointing_steps": 1}
     run(tmp_path, **{**TINY, **options, **accumulated})
-    assert find_checkpoint(tmp_path, "latest")[1] == 2 * math.ceil(5 / 2)
+    assert latest(tmp_path)[1] == 2 * 10 / 4  # the data are a stream, so that steps need not end with an epoch
 
 
 def test_a_training_checkpoint_is_a_model_folder_too(digits_run, caplog):
@@ -271,13 +253,3 @@ def test_a_training_checkpoint_is_a_model_folder_too(digits_run, caplog):
         model = DJEPAModel.from_pretrained(folder, config=training.config)
     assert "taking its EMA weights" in caplog.text
     assert torch.equal(model.predictor.mask_token, weights["target.predictor.mask_token"])
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(tmp_path):
-    state = train.prepare(*train.parse_options(command_line(tmp_path, **DIGITS, max_train_steps=5)))
-    state.online.djepa.denoiser.output_projection.weight.register_hook(lambda gradient: gradient * torch.nan)
-    with pytest.raises(FloatingPointError, match="The gradient's norm became nan in step 1"):
-        train.train(state)
-    folder, step = find_checkpoint(tmp_path, "latest")
-    assert step == 0
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "model.safetensors").values())

@@ -51,7 +51,14 @@ ModelArguments.__doc__ = "Sizes of the model."
 class DataArguments:
     """What to train on."""
 
-    dataset_name: str | None = _option(None, "'digits', a data set of the Hub, or a folder that `datasets` can load.")
+    dataset_name: str | None = _option(
+        None, "'digits', a data set of the Hub, a folder that `datasets` can load, or a format with `data_files`."
+    )
+    dataset_config_name: str | None = _option(None, "A configuration of the data set.")
+    data_files: str | None = _option(None, "Files of a format such as parquet or webdataset; a pattern does.")
+    streaming: bool = _option(False, "Read the data set while training, without downloading it first.")
+    num_classes: int | None = _option(None, "For streamed data whose classes are mere numbers.")
+    latent_cache_dir: str | None = _option(None, "Latents from examples/cache_latents.py, instead of images.")
     train_data_dir: str | None = _option(None, "A folder with one sub-folder of images per class.")
     image_column: str = _option("image", "Column of the images.")
     label_column: str = _option("label", "Column of the classes.")
@@ -87,6 +94,9 @@ class TrainingArguments:
         "linspace", "`DDPMTokenScheduler.timestep_spacing` of the result, for the diffusion objective."
     )
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
+    max_skipped_steps: int = _option(10, "Stop after so many steps in a row whose losses were not finite.")
+    max_unreadable_images: int = _option(100, "Stop once a process met more images than this that cannot be read.")
+    dry_run: bool = _option(False, "Show what would be done, with the first batch as a picture, and stop.")
     checkpointing_steps: int | None = _option(None, "Save a checkpoint every so many steps; none if not given.")
     checkpoints_total_limit: int | None = _option(None, "Keep only so many checkpoints, the newest.")
     resume_from_checkpoint: str | None = _option(None, "A checkpoint folder of this run, or 'latest'.")
@@ -97,6 +107,7 @@ class TrainingArguments:
     def __post_init__(self):
         at_least_one = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps")
         at_least_one += ("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps")
+        at_least_one += ("max_skipped_steps",)
         for name in at_least_one:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

@@ -1,16 +1,28 @@
-"""Checkpoints of a training run: written whole or not at all, found again, and thinned out."""
+"""Checkpoints of a training run: written whole or not at all, checked before they are used, thinned out."""
 
 import copy
+import hashlib
+import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers.utils import logging
 
 from .configuration_djepa import DJEPAConfig
 
+logger = logging.get_logger(__name__)
+
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written. What was there before is untouched."""
 
 
 def save_checkpoint(
@@ -20,8 +32,8 @@ def save_checkpoint(
     Writes `output_dir/checkpoint-STEP`: everything that `accelerator.prepare` and `register_for_checkpointing` saw, and
     the state of all random number generators.
 
-    `DJEPAForPreTraining.from_pretrained` reads the folder, too. It gets its name only once it is complete; then older
-    checkpoints beyond `limit` are removed.
+    `DJEPAForPreTraining.from_pretrained` reads the folder, too. It gets its name only once it is complete, on the disk
+    and has a manifest of checksums; then older checkpoints beyond `limit` are removed.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): of the run; all processes must call this.
@@ -29,42 +41,95 @@ def save_checkpoint(
         step (`int`): optimizer steps done.
         config ([`DJEPAConfig`]): of the model, a [`DJEPAForPreTraining`].
         limit (`int`, *optional*): checkpoints to keep, this one included.
+
+    Raises:
+        CheckpointError: if it cannot be written, for example because the disk is full. The message names the last good
+            one.
     """
     folder = output_dir / f"checkpoint-{step}"
     unfinished = output_dir / f"unfinished-{folder.name}"
-    accelerator.save_state(unfinished)
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        config = copy.deepcopy(config)
-        config.architectures = ["DJEPAForPreTraining"]
-        config.save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
-        for _, old in _checkpoints(output_dir)[: -limit if limit else 0]:
-            if old != folder:
-                shutil.rmtree(old)
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(unfinished)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            config = copy.deepcopy(config)
+            config.architectures = ["DJEPAForPreTraining"]
+            config.save_pretrained(unfinished)
+            _write_manifest(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+            _flush(output_dir)
+            for _, old in _checkpoints(output_dir)[: -limit if limit else 0]:
+                if old != folder:
+                    shutil.rmtree(old)
+    except Exception as error:  # every library has its own for a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        last = _checkpoints(output_dir)
+        kept = f"The last good checkpoint is {last[-1][1]}." if last else "There is no earlier one."
+        raise CheckpointError(f"Could not write {folder}: {error} {kept}") from error
     accelerator.wait_for_everyone()
     return folder
 
 
-def find_checkpoint(output_dir: Path, name: str) -> tuple[Path, int]:
+def find_checkpoint(accelerator: Accelerator, output_dir: Path, name: str) -> tuple[Path, int]:
     """
-    The folder and the optimizer step of a checkpoint.
+    The folder and the optimizer step of a checkpoint that is sound.
 
     Args:
+        accelerator ([`~accelerate.Accelerator`]): of the run; the main process looks, all get the answer.
         output_dir (`Path`): of the run.
-        name (`str`): `"latest"`, a folder name such as `checkpoint-500`, or a path.
+        name (`str`): `"latest"`, which passes over damaged ones with a warning; a folder name such as
+            `checkpoint-500`; or a path.
 
     Raises:
-        ValueError: if there is no such checkpoint.
+        ValueError: if there is no such checkpoint, or the one asked for is damaged.
     """
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = _find(output_dir, name)
+        except ValueError as error:  # which all processes must hear of
+            answer[1] = str(error)
+    found, problem = broadcast_object_list(answer)
+    if problem is not None:
+        raise ValueError(problem)
+    return found
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; nothing, if all its files are as they were written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"its {MANIFEST} is missing or unreadable"
+    for name, entry in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
+    with ThreadPoolExecutor() as pool:
+        for name, checksum in zip(manifest, pool.map(_checksum, (folder / name for name in manifest)), strict=True):
+            if checksum != manifest[name]["sha256"]:
+                return f"{name} has another checksum than when it was written"
+    return None
+
+
+def _find(output_dir: Path, name: str) -> tuple[Path, int]:
     if name == "latest":
-        found = _checkpoints(output_dir)
-        if not found:
-            raise ValueError(f"`resume_from_checkpoint` is 'latest', but {output_dir} holds no checkpoint.")
-        return found[-1][1], found[-1][0]
+        for step, folder in reversed(_checkpoints(output_dir)):
+            problem = damage(folder)
+            if problem is None:
+                return folder, step
+            logger.warning(f"{folder} is damaged ({problem}): going back to the one before.")
+        raise ValueError(f"`resume_from_checkpoint` is 'latest', but {output_dir} holds no sound checkpoint.")
     for folder in (output_dir / name, Path(name)):
         if folder.is_dir() and (match := _NAME.fullmatch(folder.name)):
+            if problem := damage(folder):
+                raise ValueError(f"`resume_from_checkpoint`: {folder} is damaged: {problem}.")
             return folder, int(match[1])
     raise ValueError(
         f"`resume_from_checkpoint`: there is no checkpoint {name!r}, neither in {output_dir} nor as a path."
@@ -75,3 +140,32 @@ def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """Finished checkpoints and their steps, oldest first."""
     matches = ((_NAME.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*"))
     return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _write_manifest(folder: Path):
+    """Sizes and checksums of all files, once they are on the disk."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_flush, paths))
+        checksums = list(pool.map(_checksum, paths))
+    manifest = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": checksum}
+        for path, checksum in zip(paths, checksums, strict=True)
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in (folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _flush(path)
+
+
+def _flush(path: Path):
+    """Waits until a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,9 @@
 """Data sets to train on: the built-in digits, a folder of images, or a data set of the Hub. Needs the `train` extra."""
 
+import contextlib
 import difflib
-from collections.abc import Callable
+import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -87,15 +89,24 @@ def load_training_data(
     train_data_dir: str | Path | None = None,
     image_column: str = "image",
     label_column: str = "label",
-) -> datasets.Dataset:
+    dataset_config_name: str | None = None,
+    data_files: str | list[str] | None = None,
+    streaming: bool = False,
+    num_classes: int | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
     """
     The data set to train on, with the columns `image` and `label` (a `ClassLabel`), whatever they were called.
 
     Args:
-        dataset_name (`str`, *optional*): `"digits"`, or a data set of the Hub (or a local folder that `datasets` can
-            load); its training split is taken.
+        dataset_name (`str`, *optional*): `"digits"`; a data set of the Hub (or a local folder that `datasets` can
+            load), of which the training split is taken; or a format that `datasets` reads, such as `"parquet"` or
+            `"webdataset"`, with `data_files`.
         train_data_dir (`str`, *optional*): a folder of images instead, see [`load_image_folder`].
         image_column, label_column (`str`): where the images and classes of a Hub data set are.
+        dataset_config_name (`str`, *optional*): a configuration of the data set.
+        data_files (`str` or list of them, *optional*): the files of a format; patterns such as `shards/*.tar` do.
+        streaming (`bool`, defaults to `False`): whether to read the data while training, without downloading all.
+        num_classes (`int`, *optional*): for streamed data whose classes are mere numbers.
 
     Raises:
         ValueError: if not exactly one source is given, a column does not exist, or holds no images or classes.
@@ -104,11 +115,15 @@ def load_training_data(
         raise ValueError(
             f"Pass either `dataset_name` or `train_data_dir`, got {'neither' if dataset_name is None else 'both'}."
         )
-    if train_data_dir is not None:
-        return load_image_folder(train_data_dir)
-    if dataset_name == DIGITS:
-        return load_digits("train")
-    data = datasets.load_dataset(dataset_name, split="train")
+    if train_data_dir is not None or dataset_name == DIGITS:
+        if streaming:
+            raise ValueError(f"`streaming` is for data sets of the Hub and files, not for {dataset_name or 'folders'}.")
+        return load_digits("train") if train_data_dir is None else load_image_folder(train_data_dir)
+    data = datasets.load_dataset(
+        dataset_name, dataset_config_name, data_files=data_files, split="train", streaming=streaming
+    )
+    if data.features is None:
+        data = data._resolve_features()
     for option, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in data.column_names:
             closest = difflib.get_close_matches(column, data.column_names, n=1, cutoff=0.0)
@@ -120,12 +135,24 @@ def load_training_data(
         raise ValueError(f"Column {image_column!r} of {dataset_name} holds {data.features[image_column]}, not images.")
     data = data.select_columns([image_column, label_column])
     data = data.rename_columns({image_column: "image", label_column: "label"})
-    return _with_class_labels(data, dataset_name, label_column)
+    if not streaming:
+        return _with_class_labels(data, dataset_name, label_column)
+    feature = data.features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return data
+    is_number = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+    if num_classes is None or not is_number:
+        raise ValueError(
+            f"Column {label_column!r} of {dataset_name} holds {feature}: streamed classes must be `ClassLabel`s, or "
+            "numbers with `num_classes` given."
+        )
+    return data.cast_column("label", datasets.ClassLabel(names=[str(i) for i in range(num_classes)]))
 
 
-def image_transform(resolution: int, channels: int, random_flip: bool) -> Callable[[dict], dict]:
+@dataclass(frozen=True)
+class ImageToSample:
     """
-    A transform for `Dataset.set_transform`: pictures to float tensors in [-1, 1].
+    Pictures to float tensors in [-1, 1], `(channels, resolution, resolution)`.
 
     Resizes and crops as ADM does (arXiv 2105.05233, `center_crop_arr`): halve with a box filter while the short side is
     at least twice the target, then bicubic to the target, then crop the centre.
@@ -133,31 +160,23 @@ def image_transform(resolution: int, channels: int, random_flip: bool) -> Callab
     Args:
         resolution (`int`): side of the square.
         channels (`int`): 1 for greyscale, 3 for colour.
-        random_flip (`bool`): whether to flip half of the pictures left to right.
-
-    Returns:
-        A function from a batch with `image` and `label` to one with `sample` `(channels, resolution, resolution)` and
-        `class_labels`.
     """
-    mode = {1: "L", 3: "RGB"}[channels]
 
-    def to_tensor(image: Image.Image) -> torch.Tensor:
+    resolution: int
+    channels: int
+
+    def __call__(self, image: Image.Image, flip: bool = False) -> torch.Tensor:
         if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to white
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        image = center_crop(image.convert(mode), resolution)
-        if random_flip and torch.rand(()) < 0.5:
+        image = center_crop(image.convert({1: "L", 3: "RGB"}[self.channels]), self.resolution)
+        if flip:
             image = ImageOps.mirror(image)
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).reshape(resolution, resolution, channels)
-        return pixels.permute(2, 0, 1) / 127.5 - 1
-
-    def transform(batch: dict) -> dict:
-        return {"sample": [to_tensor(image) for image in batch["image"]], "class_labels": batch["label"]}
-
-    return transform
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+        return pixels.reshape(self.resolution, self.resolution, self.channels).permute(2, 0, 1) / 127.5 - 1
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The centre square of a picture, `resolution` pixels wide, resized as ADM does (see [`image_transform`])."""
+    """The centre square of a picture, `resolution` pixels wide, resized as ADM does (see [`ImageToSample`])."""
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
@@ -167,10 +186,25 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def num_image_channels(data: datasets.Dataset, most: int = 100) -> int:
-    """1 if all pictures of a data set are grey, 3 otherwise; looks at `most` of them, evenly spread."""
-    looked_at = range(0, len(data), -(-len(data) // most))
-    return 1 if all(data[i]["image"].mode in GREY_MODES for i in looked_at) else 3
+def num_image_channels(data: datasets.Dataset | datasets.IterableDataset, most: int = 100) -> int:
+    """1 if all pictures of a data set are grey, 3 otherwise; looks at `most` of them, of a stream the first."""
+    data = data.cast_column("image", datasets.Image(decode=False))
+    if isinstance(data, datasets.IterableDataset):
+        rows = data.take(most)
+    else:
+        rows = (data[i] for i in range(0, len(data), -(-len(data) // most)))
+    modes = set()
+    for row in rows:
+        with contextlib.suppress(Exception):  # one that cannot be read says nothing here, and is reported in training
+            modes.add(open_image(row["image"]).mode)
+    return 1 if modes and modes <= set(GREY_MODES) else 3
+
+
+def open_image(image: dict) -> Image.Image:
+    """The picture of an undecoded `datasets.Image`: bytes, or a path."""
+    picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+    picture.load()
+    return picture
 
 
 def _features(names: list[str]) -> datasets.Features:

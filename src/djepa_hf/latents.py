@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils.torch_utils import randn_tensor
 
 
 def encode_images(
@@ -20,8 +21,37 @@ def encode_images(
     """
     if vae is None:
         return images
-    latents = vae.encode(images.to(vae.dtype)).latent_dist.sample(generator)
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    moments = posterior_moments(images, vae)
+    shape = (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:])
+    noise = randn_tensor(shape, generator=generator, device=moments.device, dtype=moments.dtype)
+    return latents_of_moments(moments, noise, vae.config.scaling_factor, vae.config.shift_factor)
+
+
+def posterior_moments(images: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    """
+    Mean and log-variance of the latents of images, `(B, 2 * latent_channels, h, w)`, neither shifted nor scaled.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, channels, height, width)`): in [-1, 1].
+        vae ([`~diffusers.AutoencoderKL`]): encodes them.
+    """
+    return vae.encode(images.to(vae.dtype)).latent_dist.parameters
+
+
+def latents_of_moments(
+    moments: torch.Tensor, noise: torch.Tensor, scaling_factor: float, shift_factor: float | None = None
+) -> torch.Tensor:
+    """
+    A draw from the posterior, shifted and scaled as the model wants it.
+
+    Args:
+        moments (`torch.Tensor` of shape `(B, 2 * latent_channels, h, w)`): see [`posterior_moments`].
+        noise (`torch.Tensor` of shape `(B, latent_channels, h, w)`): standard normal.
+        scaling_factor, shift_factor (`float`): of the VAE's configuration.
+    """
+    mean, log_variance = moments.chunk(2, dim=1)
+    latents = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
+    return (latents - (shift_factor or 0.0)) * scaling_factor
 
 
 def decode_samples(samples: torch.Tensor, vae: AutoencoderKL | None) -> torch.Tensor:

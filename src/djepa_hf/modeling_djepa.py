@@ -29,7 +29,8 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_djepa import DJEPAConfig
-from .masking import draw_num_masked, gather_tokens, random_token_order, visible_places
+from .draws import TrainingDraws, draw_training
+from .masking import gather_tokens, visible_places
 from .networks import (
     ContextEncoder,
     DenoisingMLP,
@@ -458,6 +459,7 @@ class DJEPAForPreTraining(DJEPAPreTrainedModel):
         mask: torch.BoolTensor | None = None,
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        draws: TrainingDraws | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DJEPAForPreTrainingOutput:
         """
@@ -471,21 +473,26 @@ class DJEPAForPreTraining(DJEPAPreTrainedModel):
             timesteps (`torch.Tensor` of shape `(B, N)`, *optional*): noise level of every token.
             noise (`torch.Tensor` of shape `(B, N, C)`, *optional*): noise of every token. If either is given, each
                 token is noised once; otherwise `diffusion_batch_mul` times, independently.
+            draws ([`TrainingDraws`], *optional*): instead of the three above, all that is random; see
+                [`draw_training`].
 
         Raises:
             ValueError: if a shape does not fit.
         """
         tokens = self.djepa.patchify(sample)
-        visible, hidden = self._split_places(mask, tokens)
-        context_labels = self._drop_labels(class_labels) if self.training else class_labels
-        outputs = self.djepa(sample, context_labels, visible=visible, return_dict=True, **kwargs)
-        features = gather_tokens(outputs.last_hidden_state, hidden)  # (B, hidden, P)
+        if draws is None:
+            draws = self._draw(tokens, mask, timesteps, noise)
+        context_labels = class_labels
+        if self.training and class_labels is not None:
+            context_labels = class_labels.masked_fill(draws.dropped_labels, self.config.num_labels)
+        outputs = self.djepa(sample, context_labels, visible=draws.visible, return_dict=True, **kwargs)
+        features = gather_tokens(outputs.last_hidden_state, draws.hidden)  # (B, hidden, P)
 
-        diffusion_loss = self._diffusion_loss(gather_tokens(tokens, hidden), features, hidden, timesteps, noise)
+        diffusion_loss = self._diffusion_loss(gather_tokens(tokens, draws.hidden), features, draws)
         if self.prediction_head is None:
             prediction_loss = torch.zeros_like(diffusion_loss)
         else:
-            prediction_loss = self._prediction_loss(tokens, class_labels, features, hidden)
+            prediction_loss = self._prediction_loss(tokens, class_labels, features, draws.hidden)
         return DJEPAForPreTrainingOutput(
             loss=diffusion_loss + self.config.prediction_loss_weight * prediction_loss,
             diffusion_loss=diffusion_loss,
@@ -494,48 +501,41 @@ class DJEPAForPreTraining(DJEPAPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _split_places(
-        self, mask: torch.BoolTensor | None, tokens: torch.Tensor
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """The places of visible and of hidden tokens, from the mask or from a fresh draw."""
-        if mask is not None:
-            visible, hidden = self.djepa._visible_places(mask, None, len(tokens)), visible_places(~mask)
-            if hidden.shape[1] == 0:
-                raise ValueError("`mask` must hide at least one token per row, got none.")
-            return visible, hidden
-        num_masked = draw_num_masked(
-            self.config.num_tokens, self.config.mask_ratio_min, self.config.mask_ratio_mean, self.config.mask_ratio_std
-        )
-        order = random_token_order(len(tokens), self.config.num_tokens, device=tokens.device)
-        return order[:, num_masked:], order[:, :num_masked]
-
-    def _drop_labels(self, class_labels: torch.LongTensor | None) -> torch.LongTensor | None:
-        if class_labels is None:
-            return None
-        dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.label_dropout_prob
-        return class_labels.masked_fill(dropped, self.config.num_labels)
-
-    def _diffusion_loss(
+    def _draw(
         self,
-        clean: torch.Tensor,
-        features: torch.Tensor,
-        hidden: torch.LongTensor,
+        tokens: torch.Tensor,
+        mask: torch.BoolTensor | None,
         timesteps: torch.Tensor | None,
         noise: torch.Tensor | None,
-    ) -> torch.Tensor:
-        draws = self.config.diffusion_batch_mul if timesteps is None and noise is None else 1
-        batch_size, num_tokens, token_size = clean.shape[0], self.config.num_tokens, self.config.token_size
+    ) -> TrainingDraws:
+        """Fresh draws, but for what is given."""
+        batch_size, num_tokens, token_size = tokens.shape
+        order = num_masked = None
+        if mask is not None:
+            visible, hidden = self.djepa._visible_places(mask, None, batch_size), visible_places(~mask)
+            order, num_masked = torch.cat([hidden, visible], dim=1), hidden.shape[1]
+            if num_masked == 0:
+                raise ValueError("`mask` must hide at least one token per row, got none.")
+        draws = draw_training(
+            self.config,
+            self.token_scheduler,
+            batch_size,
+            tokens.device,
+            order=order,
+            num_masked=num_masked,
+            num_draws=1 if timesteps is not None or noise is not None else None,
+        )
         if timesteps is not None:
             self._check_shape("timesteps", timesteps, (batch_size, num_tokens))
-            timesteps = timesteps.gather(1, hidden).flatten()
-        else:
-            timesteps = self.token_scheduler.sample_timesteps(draws * hidden.numel(), device=clean.device)
-        clean = clean.flatten(0, 1).float().repeat(draws, 1)  # (draws * B * hidden, C)
+            draws.timesteps = timesteps.gather(1, draws.hidden)[None]
         if noise is not None:
             self._check_shape("noise", noise, (batch_size, num_tokens, token_size))
-            noise = gather_tokens(noise, hidden).flatten(0, 1).float()
-        else:
-            noise = torch.randn_like(clean)
+            draws.noise = gather_tokens(noise, draws.hidden).float()[None]
+        return draws
+
+    def _diffusion_loss(self, clean: torch.Tensor, features: torch.Tensor, draws: TrainingDraws) -> torch.Tensor:
+        timesteps, noise = draws.timesteps.flatten(), draws.noise.flatten(0, 2)
+        clean = clean.flatten(0, 1).float().repeat(len(draws.noise), 1)  # (draws * B * hidden, C)
         noisy = self.token_scheduler.add_noise(clean, noise, timesteps)
         output = self.djepa.denoise(noisy, timesteps, features.flatten(0, 1))
         # in float32 also under autocast: the bound's exponentials do not survive half precision

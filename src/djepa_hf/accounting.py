@@ -1,0 +1,80 @@
+"""What a training step costs: parameters per part, floating-point operations, memory."""
+
+import torch
+
+from .configuration_djepa import DJEPAConfig
+from .masking import draw_num_masked
+from .modeling_djepa import DJEPAForPreTraining
+
+
+def parameters_per_part(model: DJEPAForPreTraining) -> dict[str, int]:
+    """Parameters of each network of a training model."""
+    parts = {
+        "context encoder": model.djepa.encoder,
+        "feature predictor": model.djepa.predictor,
+        "denoising MLP": model.djepa.denoiser,
+        "prediction head": model.prediction_head,
+        "EMA copy (not trained)": model.target,
+    }
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+
+
+def mean_num_masked(config: DJEPAConfig, draws: int = 4096) -> float:
+    """Hidden tokens per image, on average."""
+    generator, ratio = torch.Generator().manual_seed(0), (config.mask_ratio_min, config.mask_ratio_mean)
+    options = (*ratio, config.mask_ratio_std)
+    return sum(draw_num_masked(config.num_tokens, *options, generator=generator) for _ in range(draws)) / draws
+
+
+def training_flops(config: DJEPAConfig) -> dict[str, float]:
+    """
+    Floating-point operations of one training step per image and part: two per multiplication in a linear layer or in
+    attention, backward counted as two forwards. Everything else is left out, as is usual.
+    """
+    hidden = mean_num_masked(config)
+    buffer, tokens, size = config.num_buffer_tokens, config.num_tokens, config.token_size
+    width, predictor_width = config.hidden_size, config.predictor_hidden_size
+
+    def transformer(length: float, width: int, layers: int) -> float:
+        linear = 4 * width**2 + 2 * width * int(config.mlp_ratio * width)
+        return 2 * layers * length * (linear + 2 * length * width)
+
+    encoder = transformer(buffer + tokens - hidden, width, config.num_hidden_layers)
+    encoder += 2 * (tokens - hidden) * size * width
+    target = transformer(buffer + tokens, width, config.num_hidden_layers) + 2 * tokens * size * width
+    predictor = transformer(buffer + tokens, predictor_width, config.predictor_num_hidden_layers)
+    predictor += 2 * (buffer + tokens - hidden) * width * predictor_width
+    inner, outputs = config.denoiser_hidden_size, size * (2 if config.objective == "diffusion" else 1)
+    per_draw = size * inner + 256 * inner + inner**2 + 5 * inner**2 * config.denoiser_num_hidden_layers
+    per_draw += 2 * inner**2 + inner * outputs
+    denoiser = 2 * hidden * (config.diffusion_batch_mul * per_draw + predictor_width * inner)
+    head = 2 * hidden * 4 * predictor_width * (predictor_width + width) if config.prediction_loss_weight else 0.0
+    return {
+        "context encoder": 3 * encoder,
+        "feature predictor": 3 * predictor,
+        "denoising MLP": 3 * denoiser,
+        "prediction head": 3 * head,
+        "target encoder (forward only)": target if config.prediction_loss_weight else 0.0,
+    }
+
+
+def training_memory(model: DJEPAForPreTraining, batch_size: int, half: bool) -> dict[str, float]:
+    """
+    Estimated bytes per process of a training run without sharding. Activations are a rough estimate, without
+    activation checkpointing: what linear layers, norms and activations keep for the backward pass.
+    """
+    config = model.config
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    average = sum(p.numel() for p in model.target.parameters())
+    hidden, element = mean_num_masked(config), 2 if half else 4
+    length = config.num_buffer_tokens + config.num_tokens
+    visible = length - hidden
+    per_token = 2 * (6 + 2 * config.mlp_ratio)  # inputs and outputs of a block's layers, in widths
+    transformer = visible * config.hidden_size * config.num_hidden_layers
+    transformer += length * config.predictor_hidden_size * config.predictor_num_hidden_layers
+    denoiser = hidden * config.diffusion_batch_mul * config.denoiser_hidden_size * 9 * config.denoiser_num_hidden_layers
+    return {
+        "weights, gradients, AdamW": 16.0 * trained,
+        "EMA copy": 4.0 * average,
+        "activations (rough)": batch_size * element * (per_token * transformer + denoiser),
+    }

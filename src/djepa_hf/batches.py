@@ -1,0 +1,187 @@
+"""Which image goes into which batch, decoded in worker processes: the same whatever the number of processes.
+
+The training data are one endless stream: a permutation of all images, then another one. Batches are cut from it, and
+every process takes its share of each. So no image is left out or seen twice in an epoch, a batch does not depend on how
+many processes share it, and any place in the stream can be gone to at once.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import datasets
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+
+from .data import open_image
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed from numbers and words; 32 bits, because CPU generators ignore the rest."""
+    return int.from_bytes(hashlib.sha256(",".join(map(str, parts)).encode()).digest()[:4])
+
+
+class StreamSampler(Sampler):
+    """
+    Batches of one process, without end: lists of (epoch, index).
+
+    Args:
+        num_samples (`int`): images in the data.
+        batch_size (`int`): images per process and batch.
+        rank, num_processes (`int`): this process among all that share the stream.
+        seed (`int`): of the permutations.
+        first_batch (`int`, defaults to 0): where to begin.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        rank: int = 0,
+        num_processes: int = 1,
+        seed: int = 0,
+        first_batch: int = 0,
+    ):
+        self.num_samples, self.batch_size, self.seed, self.first_batch = num_samples, batch_size, seed, first_batch
+        self.rank, self.num_processes = rank, num_processes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        shuffled, order = None, None
+        place = (self.first_batch * self.num_processes + self.rank) * self.batch_size
+        while True:
+            batch = []
+            for position in range(place, place + self.batch_size):
+                epoch, offset = divmod(position, self.num_samples)
+                if epoch != shuffled:
+                    generator = torch.Generator().manual_seed(seed_of("epoch", self.seed, epoch))
+                    shuffled, order = epoch, torch.randperm(self.num_samples, generator=generator)
+                batch.append((epoch, int(order[offset])))
+            yield batch
+            place += self.num_processes * self.batch_size
+
+
+class TrainingImages(Dataset):
+    """
+    Images of a map-style data set as training samples.
+
+    An image that cannot be read is passed over for the next one that can, and its name is handed on.
+
+    Args:
+        data ([`~datasets.Dataset`]): with the columns `image` and `label`.
+        to_sample (`Callable`): from a picture and whether to flip it to a tensor, such as [`ImageToSample`].
+        flip (`bool`): whether to flip half of the images, anew in each epoch.
+        seed (`int`): of the flips.
+    """
+
+    def __init__(self, data: datasets.Dataset, to_sample: Callable, flip: bool, seed: int = 0):
+        self.data = data.cast_column("image", datasets.Image(decode=False))
+        self.to_sample, self.flip, self.seed = to_sample, flip, seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict:
+        epoch, index = place
+        unreadable = []
+        for number in range(len(self)):
+            i = (index + number) % len(self)
+            row = self.data[i]
+            flip = self.flip and seed_of("flip", self.seed, epoch, i) % 2 == 1
+            try:
+                sample = self.to_sample(open_image(row["image"]), flip)
+            except Exception as error:  # whatever a decoder makes of a damaged file
+                unreadable.append(f"{row['image'].get('path') or f'row {i}'}: {error}")
+                continue
+            return {"sample": sample, "class_labels": row["label"], "id": i, "unreadable": unreadable}
+        raise ValueError(f"Not one of {len(self)} images can be read; the first: {unreadable[0]}")
+
+
+class StreamingImages(IterableDataset):
+    """
+    Images of a streamed data set as training samples, without end.
+
+    Shards are divided between processes and their workers by `datasets`; where there are too few, single images are.
+
+    Args:
+        data ([`~datasets.IterableDataset`]): with the columns `image` and `label`.
+        to_sample, flip, seed: as in [`TrainingImages`].
+        rank, num_processes (`int`): this process among all that share the stream.
+        shuffle_buffer (`int`): images among which the next is drawn.
+        endless (`bool`, defaults to `True`): whether another epoch follows the first.
+    """
+
+    def __init__(
+        self,
+        data: datasets.IterableDataset,
+        to_sample: Callable,
+        flip: bool,
+        seed: int = 0,
+        rank: int = 0,
+        num_processes: int = 1,
+        shuffle_buffer: int = 1000,
+        endless: bool = True,
+    ):
+        data = data.cast_column("image", datasets.Image(decode=False))
+        data = data.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else data
+        self.data = split_dataset_by_node(data, rank, num_processes)
+        self.to_sample, self.flip, self.seed, self.rank, self.endless = to_sample, flip, seed, rank, endless
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        worker, unreadable, epoch, read = info.id if info else 0, [], 0, True
+        while read:  # a worker without a shard of its own has nothing to do
+            self.data.set_epoch(epoch)
+            read = False
+            for number, row in enumerate(self.data):
+                read = True
+                flip = self.flip and seed_of("flip", self.seed, epoch, self.rank, worker, number) % 2 == 1
+                try:
+                    sample = self.to_sample(open_image(row["image"]), flip)
+                except Exception as error:
+                    unreadable.append(f"{row['image'].get('path') or f'image {number} of a shard'}: {error}")
+                    continue
+                yield {
+                    "sample": sample,
+                    "class_labels": row["label"],
+                    "id": row.get("id", number),
+                    "unreadable": unreadable,
+                }
+                unreadable = []
+            if not self.endless:
+                return
+            epoch += 1
+
+
+def collate(rows: list[dict]) -> dict:
+    """Rows to a batch of tensors; the names of unreadable images stay a list."""
+    unreadable = [name for row in rows for name in row.pop("unreadable")]
+    return {**default_collate(rows), "unreadable": unreadable}
+
+
+def batch_loader(
+    data: Dataset | IterableDataset,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    num_processes: int = 1,
+    seed: int = 0,
+    first_batch: int = 0,
+) -> Iterator[dict]:
+    """
+    The batches of one process, without end, from any place on.
+
+    Args:
+        data ([`TrainingImages`], [`CachedLatents`] or [`StreamingImages`]): a stream is read up to `first_batch`.
+        batch_size (`int`): images per process.
+        num_workers (`int`): processes that read ahead; 0 reads in this one.
+        rank, num_processes, seed, first_batch: as in [`StreamSampler`].
+    """
+    options = {"num_workers": num_workers, "collate_fn": collate, "persistent_workers": num_workers > 0}
+    options |= {"pin_memory": torch.cuda.is_available(), "generator": torch.Generator().manual_seed(seed)}
+    if isinstance(data, IterableDataset):
+        batches = iter(DataLoader(data, batch_size, **options))
+        for _ in range(first_batch):
+            next(batches)
+        return batches
+    sampler = StreamSampler(len(data), batch_size, rank, num_processes, seed, first_batch)
+    return iter(DataLoader(data, batch_sampler=sampler, **options))
