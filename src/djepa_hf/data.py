@@ -134,7 +134,9 @@ def load_training_data(
     if not isinstance(data.features[image_column], datasets.Image):
         raise ValueError(f"Column {image_column!r} of {dataset_name} holds {data.features[image_column]}, not images.")
     data = data.select_columns([image_column, label_column])
-    data = data.rename_columns({image_column: "image", label_column: "label"})
+    names = {image_column: "image", label_column: "label"}
+    if renamed := {old: new for old, new in names.items() if old != new}:
+        data = data.rename_columns(renamed)
     if not streaming:
         return _with_class_labels(data, dataset_name, label_column)
     feature = data.features["label"]
