@@ -178,12 +178,12 @@ def prepare(
             f"{output_dir} holds checkpoints of another run: pass `resume_from_checkpoint` 'latest' to go on with it, "
             "or another `output_dir`."
         )
-    set_seed(args.seed, device_specific=True)
-
     vae = data_args.pretrained_vae_model_name_or_path
     vae = load_vae(vae) if vae else None
     data = load_training_samples(data_args, vae, args.seed, accelerator.process_index, accelerator.num_processes)
+    set_seed(args.seed)  # the same weights on every process: engines that cut them up take a piece from each
     model = initial_model(model_args, data, vae)
+    set_seed(args.seed, device_specific=True)  # dropout is each process's own
     if resume is not None:
         check_same_model(model.config, resume[0])
     if args.gradient_checkpointing:

@@ -15,7 +15,7 @@ import train
 from safetensors.torch import load_file
 from test_training import DIGITS, command_line, latest, run
 
-from djepa_hf import DJEPAForPreTraining, DJEPAPipeline
+from djepa_hf import DJEPAForPreTraining
 from djepa_hf.checkpoints import CheckpointError
 
 OPTIONS = {**DIGITS, "max_train_steps": 24, "hidden_dropout_prob": 0.1, "random_flip": True, "train_batch_size": 16}
@@ -187,23 +187,3 @@ def test_too_many_of_them_in_a_row_stop_the_run(tmp_path):
     assert step == 7
     assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "model.safetensors").values())
     assert len((tmp_path / "skipped_steps.jsonl").read_text().splitlines()) == 3
-
-
-def test_two_processes_do_what_one_does(tmp_path):
-    """Two ranks at batch b, one at 2b: the same losses and weights, to float tolerance."""
-    options = {**DIGITS, "max_train_steps": 6, "checkpointing_steps": 6, "hidden_dropout_prob": 0.0}
-    options |= {"attention_probs_dropout_prob": 0.0, "random_flip": True, "gradient_accumulation_steps": 2}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train.__file__]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, *command, *command_line(tmp_path / "two", **{**options, "train_batch_size": 4})]
-    output = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout
-    assert "6 steps of 16 images on 2 x cpu" in output
-    run(tmp_path / "one", **{**options, "train_batch_size": 8})
-    one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
-    for name, expected in one.items():
-        assert two[name] == pytest.approx(expected, rel=1e-4)
-    one, two = (load_file(tmp_path / name / "checkpoint-6" / "model.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=2e-5)
-    assert len(list((tmp_path / "two" / "checkpoint-6").glob("random_states_*.pkl"))) == 2
-    assert DJEPAPipeline.from_pretrained(tmp_path / "two").transformer.config.weights == "ema"

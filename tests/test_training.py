@@ -192,6 +192,17 @@ def test_weights_that_do_not_fit_are_refused_by_name(golden, digits_run, tmp_pat
         run(tmp_path / "c", **options)
 
 
+def test_a_dry_run_shows_the_plan_and_trains_nothing(tmp_path, capsys):
+    run(tmp_path / "plan", **DIGITS, max_train_steps=50, dry_run=True)
+    plan = capsys.readouterr().out
+    for line in ("hidden_size: 32", "parameters, context encoder", "FLOPs per step, all", "GiB", "steps per epoch"):
+        assert line in plan
+    assert "Nothing was trained." in plan
+    assert {path.name for path in (tmp_path / "plan").iterdir()} == {"first_batch.png"}
+    with Image.open(tmp_path / "plan" / "first_batch.png") as picture:
+        assert picture.width > 100
+
+
 def test_the_result_has_a_card(digits_run):
     card = ModelCard.load(digits_run / "README.md")
     assert f'from_pretrained("{digits_run}")' in card.text

@@ -32,8 +32,9 @@ def save_checkpoint(
     Writes `output_dir/checkpoint-STEP`: everything that `accelerator.prepare` and `register_for_checkpointing` saw, and
     the state of all random number generators.
 
-    `DJEPAForPreTraining.from_pretrained` reads the folder, too. It gets its name only once it is complete, on the disk
-    and has a manifest of checksums; then older checkpoints beyond `limit` are removed.
+    `DJEPAForPreTraining.from_pretrained` reads the folder, too, unless the weights are spread over processes. It gets
+    its name only once it is complete, on the disk and has a manifest of checksums; then older checkpoints beyond
+    `limit` are removed.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): of the run; all processes must call this.

@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""How long a training step takes, and where the time goes.
+
+    python benchmarks/train.py --preset base --train_batch_size 4 --output_path benchmarks/results/train_cpu.json
+
+Every variant is measured in turn, round after round, so that a machine that slows down slows all of them. Figures are
+medians. Beside them stands the rate of a plain matrix product on the same machine in the same run: utilisation is the
+step's floating-point operations (`djepa_hf.accounting`) over what that product would have done in the time.
+"""
+
+import json
+import platform
+import resource
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from djepa_hf import DJEPAConfig, DJEPAForPreTraining
+from djepa_hf.accounting import training_flops
+from djepa_hf.arguments import parse_arguments
+from djepa_hf.draws import draw_training
+from djepa_hf.optimization import parameter_groups
+
+PARTS = ("draws", "target encoder", "forward", "backward", "optimizer and EMA")
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure."""
+
+    preset: Literal["base", "large", "huge"] = field(default="base", metadata={"help": "Which model."})
+    train_batch_size: int = field(default=4, metadata={"help": "Images per step."})
+    rounds: int = field(default=5, metadata={"help": "Steps of each variant, after one that does not count."})
+    output_path: str = field(default="benchmarks/results/train.json", metadata={"help": "Where the figures go."})
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def product_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """Operations per second of a matrix product."""
+    first, second = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(repeats + 1):
+        started = clock()
+        first @ second
+        times.append(clock() - started)
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+class Steps:
+    """Training steps of one model, timed part by part."""
+
+    def __init__(self, args: BenchmarkArguments):
+        torch.manual_seed(0)
+        self.model = DJEPAForPreTraining(DJEPAConfig.from_preset(args.preset)).to(device()).train()
+        options = {"lr": 8e-4, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.02}
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), fused=True, **options)
+        config = self.model.config
+        shape = (args.train_batch_size, config.num_channels, *config.sample_shape)
+        self.sample = torch.randn(shape, device=device())
+        self.labels = torch.randint(config.num_labels, (args.train_batch_size,), device=device())
+
+    def step(self, seed: int, half: bool) -> dict[str, float]:
+        """Seconds of each part of a step, and its loss. The target encoder's time is part of the forward's, too."""
+        model, times, target = self.model, [clock()], []
+        draws = draw_training(model.config, model.token_scheduler, len(self.sample), device(), seed)
+        times.append(clock())
+        encoder = model.target.encoder
+        hooks = [encoder.register_forward_pre_hook(lambda *_: target.append(-clock()))]
+        hooks.append(encoder.register_forward_hook(lambda *_: target.append(clock())))
+        with torch.autocast(device().type, torch.bfloat16, enabled=half):
+            output = model(self.sample, self.labels, draws=draws)
+        times.append(clock())
+        output.loss.backward()
+        times.append(clock())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        model.update_target(0.9999)
+        times.append(clock())
+        for hook in hooks:
+            hook.remove()
+        drawn, forward, backward, optimizer = (after - before for before, after in zip(times, times[1:], strict=False))
+        parts = dict(zip(PARTS, (drawn, sum(target), forward, backward, optimizer), strict=True))
+        return {**parts, "step": times[-1] - times[0], "loss": output.loss.item()}
+
+
+def main(argv: list[str] | None = None):
+    (args,) = parse_arguments(BenchmarkArguments, argv=argv, description=__doc__)
+    path = Path(args.output_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps, variants = Steps(args), {"float32": False, "bfloat16 autocast": True}
+    seconds = {name: [] for name in variants}
+    rates = {"float32": [], "bfloat16 autocast": []}
+    for number in tqdm(range(args.rounds + 1), unit="round"):
+        for name, half in variants.items():
+            rates[name].append(product_rate(torch.bfloat16 if half else torch.float32))
+            measured = steps.step(number, half)
+            if number > 0:
+                seconds[name].append(measured)
+    flops = sum(training_flops(steps.model.config).values()) * args.train_batch_size
+    results = {}
+    for name, rows in seconds.items():
+        medians = {part: statistics.median(row[part] for row in rows) for part in (*PARTS, "step")}
+        rate = statistics.median(rates[name])
+        results[name] = {
+            "seconds": {part: round(value, 3) for part, value in medians.items()},
+            "seconds_of_all_steps": [round(row["step"], 3) for row in rows],
+            "images_per_second": round(args.train_batch_size / medians["step"], 3),
+            "matrix_product_gflops_per_second": round(rate / 1e9),
+            "model_gflops_per_second": round(flops / medians["step"] / 1e9, 1),
+            "utilisation": round(flops / medians["step"] / rate, 3),
+            "losses": [round(row["loss"], 5) for row in rows],
+        }
+    report = {
+        "preset": args.preset,
+        "train_batch_size": args.train_batch_size,
+        "draws_per_token": steps.model.config.diffusion_batch_mul,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gflops_per_step": round(flops / 1e9, 1),
+        "peak_memory_gib": round(peak_memory() / 2**30, 2),
+        "results": results,
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    for name, result in results.items():
+        print(
+            f"{name}: {result['seconds']['step']:.2f} s per step, {result['utilisation']:.0%} of a matrix product at "
+            f"{result['matrix_product_gflops_per_second']} GFLOP/s. {result['seconds']}"
+        )
+    print(f"All figures are in {path}.")
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} x {len(names) or 1}"
+
+
+def peak_memory() -> int:
+    """Bytes: of the accelerator, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
