@@ -8,6 +8,7 @@ medians. Beside them stands the rate of a plain matrix product on the same machi
 step's floating-point operations (`djepa_hf.accounting`) over what that product would have done in the time.
 """
 
+import itertools
 import json
 import platform
 import resource
@@ -93,7 +94,7 @@ class Steps:
         times.append(clock())
         for hook in hooks:
             hook.remove()
-        drawn, forward, backward, optimizer = (after - before for before, after in zip(times, times[1:], strict=False))
+        drawn, forward, backward, optimizer = (after - before for before, after in itertools.pairwise(times))
         parts = dict(zip(PARTS, (drawn, sum(target), forward, backward, optimizer), strict=True))
         return {**parts, "step": times[-1] - times[0], "loss": output.loss.item()}
 

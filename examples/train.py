@@ -35,7 +35,7 @@ from djepa_hf.arguments import DataArguments, ModelArguments, SamplingArguments,
 from djepa_hf.batches import batch_loader, seed_of
 from djepa_hf.checkpoints import find_checkpoint, save_checkpoint
 from djepa_hf.configuration_djepa import PRESETS
-from djepa_hf.draws import draw_training
+from djepa_hf.draws import at_noise_level, draw_training
 from djepa_hf.interruption import StopSignals
 from djepa_hf.latents import decode_samples, latents_of_moments, posterior_moments
 from djepa_hf.loading import load_for_training, load_vae
@@ -46,7 +46,7 @@ from djepa_hf.training_data import TrainingData, load_training_samples
 from djepa_hf.visualization import labelled_grid, plot_losses
 
 PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 8
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class History:
@@ -56,6 +56,7 @@ class History:
         self.init_from = init_from  # the weights that training started from
         self.global_batch = global_batch  # images per step; without it, `step` would not say where in the data we are
         self.skipped_steps = 0
+        self.noise_levels: dict[int, list[float]] = {}  # step -> diffusion loss at each of NOISE_LEVELS
         self.losses: dict[str, list[float]] = {"diffusion_loss": [], "prediction_loss": []}
 
     def append(self, losses: dict[str, float]):
@@ -110,7 +111,7 @@ class Run:
         A pipeline over the moving average as it is now. Where the weights are spread over processes, all must call
         this, and the main process gets it.
         """
-        if self.accelerator.distributed_type not in SHARDED:
+        if self.accelerator.distributed_type != DistributedType.FSDP:
             return self.pipeline_of(self.online.export("ema"))
         weights = self.accelerator.get_state_dict(self.model)
         if not self.accelerator.is_main_process:
@@ -171,6 +172,11 @@ def prepare(
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "logs"),
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed would cut the EMA copy up without updating the pieces, and steps on losses that are not finite: use "
+            "FSDP2 instead (examples/accelerate/fsdp2.yaml)."
+        )
     resume = args.resume_from_checkpoint
     resume = find_checkpoint(accelerator, output_dir, resume) if resume else None
     if resume is None and any(output_dir.glob("checkpoint-*")):
@@ -265,7 +271,7 @@ def training_step(run: Run, batches: Iterator[dict]) -> dict[str, float]:
             accelerator.backward(output.loss)
             accumulated.append(torch.stack([output.diffusion_loss, output.prediction_loss]).detach())
     norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm or 0.0)
     asked_to_stop = torch.tensor([float(run.signals.name is not None)], device=accelerator.device)
     stats = accelerator.reduce(torch.cat([torch.stack(accumulated).mean(0), asked_to_stop]), "mean")
     *losses, stop, norm = torch.cat([stats, norm.reshape(1).to(stats)]).tolist()  # the step's one wait for the device
@@ -352,6 +358,7 @@ def train(run: Run) -> bool:
             accelerator.log(values, step=run.step)
         if args.validation_steps and run.step % args.validation_steps == 0:
             preview(run, f"step-{run.step:06d}.png")
+            measure_noise_levels(run)
         is_due = args.checkpointing_steps and run.step % args.checkpointing_steps == 0
         if is_due or stop:
             folder = run.save()
@@ -364,6 +371,30 @@ def train(run: Run) -> bool:
             return False
     progress.close()
     return True
+
+
+@torch.no_grad()
+def measure_noise_levels(run: Run):
+    """
+    The diffusion loss of the first batch at single noise levels, always from the same draws.
+
+    The mean over all levels, which training shows, is mostly that of the easy ones and soon looks flat.
+    """
+    accelerator, online = run.accelerator, run.online
+    place = accelerator.process_index, accelerator.num_processes
+    batch = next(batch_loader(run.data.samples, run.args.train_batch_size, 0, *place, run.args.seed))
+    inputs = model_inputs(run, batch, 0)
+    draws, losses = inputs.pop("draws"), []
+    run.model.eval()
+    for level in NOISE_LEVELS:
+        output = online(**inputs, draws=at_noise_level(draws, level, online.token_scheduler))
+        losses.append(output.diffusion_loss.float())
+    run.model.train()
+    losses = accelerator.reduce(torch.stack(losses), "mean").tolist()
+    run.history.noise_levels[run.step] = losses
+    if run.args.report_to:
+        named = {f"diffusion_loss_at_noise_{level}": loss for level, loss in zip(NOISE_LEVELS, losses, strict=True)}
+        accelerator.log(named, step=run.step)
 
 
 def preview(run: Run, name: str):
@@ -414,6 +445,12 @@ def publish(run: Run):
         title = f"{pipe.transformer.config.objective}, {parameters:.1f}M parameters"
         losses = {name.replace("_", " "): values for name, values in run.history.losses.items()}
         plot_losses(list(range(1, run.step + 1)), losses, run.output_dir / "loss.png", title)
+        if levels := run.history.noise_levels:
+            by_level = {
+                f"noise {level}": list(values)
+                for level, values in zip(NOISE_LEVELS, zip(*levels.values(), strict=True), strict=True)
+            }
+            plot_losses(list(levels), by_level, run.output_dir / "loss_by_noise_level.png", title)
         (run.output_dir / "sampling.yaml").write_text(yaml.safe_dump(asdict(run.sampling), sort_keys=False))
         print(f"The pipeline in {run.output_dir} holds the EMA weights after step {run.step}.")
     run.accelerator.end_training()

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,13 @@ from conftest import tiny_pipeline, tiny_pretraining, tiny_vae
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from djepa_hf import DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
+from djepa_hf.batches import TrainingImages, collate
 from djepa_hf.checkpoints import find_checkpoint
 from djepa_hf.conversion import save_official_checkpoint
+from djepa_hf.data import ImageToSample, load_digits
 from djepa_hf.loading import load_for_training
 
 TINY = {
@@ -55,7 +60,7 @@ def latest(output_dir):
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """45 steps are a little more than one epoch of the 1,347 training digits."""
-    options = {"max_train_steps": 45, "learning_rate": 2e-3, "checkpointing_steps": 15, "validation_steps": 30}
+    options = {"max_train_steps": 45, "learning_rate": 2e-3, "checkpointing_steps": 15, "validation_steps": 15}
     options |= {"random_flip": True}  # which the seed decides, and not the state of a generator
     options |= {"hidden_dropout_prob": 0.1, "report_to": "tensorboard"}
     return run(tmp_path_factory.mktemp("digits"), **{**DIGITS, **options})
@@ -75,7 +80,7 @@ def test_the_result_is_a_pipeline_with_the_ema_weights(digits_run):
 
 
 def test_there_is_something_to_see(digits_run):
-    for name in ("loss.png", "previews/step-000030.png", "previews/final.png", "previews/film_strip.png"):
+    for name in ("loss.png", "loss_by_noise_level.png", "previews/step-000030.png", "previews/film_strip.png"):
         with Image.open(digits_run / name) as picture:
             assert picture.width > 300
             assert picture.height > (300 if "strip" not in name else 90)
@@ -190,6 +195,52 @@ def test_weights_that_do_not_fit_are_refused_by_name(golden, digits_run, tmp_pat
     options = {**TINY, "train_data_dir": tmp_path / "images", "resolution": 8, "init_from": digits_run}
     with pytest.raises(ValueError, match="num_labels is 10, not 2"):
         run(tmp_path / "c", **options)
+
+
+def test_the_loss_is_split_by_noise_level(digits_run):
+    history = torch.load(digits_run / "checkpoint-45" / "custom_checkpoint_0.pkl", weights_only=True)
+    assert list(history["noise_levels"]) == [15, 30, 45]
+    early, _, late = history["noise_levels"].values()
+    assert len(early) == 5
+    assert late[-1] < early[-1], "where noise is nearly all there is, a model learns first"
+
+
+def test_transformers_trainer_trains_the_model_too(tmp_path):
+    model = tiny_pretraining(num_labels=10, id2label={i: str(i) for i in range(10)})
+    before = model.djepa.predictor.mask_token.clone()
+    digits = TrainingImages(load_digits("train"), ImageToSample(8, 1), flip=False)
+    rows = [digits[0, i] for i in range(64)]
+
+    def collate_rows(rows):
+        batch = collate([dict(row) for row in rows])
+        return {"sample": batch["sample"], "class_labels": batch["class_labels"]}
+
+    class MoveAverage(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            model.update_target(0.5)
+
+    options = {"max_steps": 4, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "remove_unused_columns": False}
+    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1, **options)
+    trainer = Trainer(model, args, data_collator=collate_rows, train_dataset=rows, callbacks=[MoveAverage()])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4
+    assert not torch.equal(model.djepa.predictor.mask_token, before)
+    assert not torch.equal(model.target.predictor.mask_token, model.djepa.predictor.mask_token)
+    trainer.save_model(tmp_path / "saved")
+    assert DJEPAModel.from_pretrained(tmp_path / "saved").config.weights == "ema"
+
+
+@pytest.mark.parametrize("preset", ["base", "large", "huge"])
+def test_the_published_recipe(preset):
+    path = Path(train.__file__).parent / "configs" / f"imagenet_{preset}.yaml"
+    model, data, args, sampling = train.parse_options(["--config", str(path)])
+    assert model.preset == preset
+    assert args.train_batch_size * args.gradient_accumulation_steps * 8 == 2048
+    assert (args.learning_rate, args.ema_decay, args.max_grad_norm) == (8e-4, 0.9999, 3.0)
+    assert args.num_train_epochs == {"base": 1400, "large": 480, "huge": 320}[preset]
+    assert args.lr_warmup_steps == math.ceil(100 * 1_281_167 / 2048)
+    assert (data.resolution, sampling.num_inference_steps) == (256, 64)
 
 
 def test_a_dry_run_shows_the_plan_and_trains_nothing(tmp_path, capsys):

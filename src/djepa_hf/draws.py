@@ -1,6 +1,6 @@
 """Everything that is random in the losses of a training batch, drawn in one place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import SchedulerMixin
@@ -47,6 +47,22 @@ class TrainingDraws:
             self.timesteps[:, start:stop],
             self.noise[:, start:stop],
         )
+
+
+def at_noise_level(draws: TrainingDraws, level: float, token_scheduler: SchedulerMixin) -> TrainingDraws:
+    """
+    The same draws, but with all tokens equally noisy: where a loss is split by noise level.
+
+    Args:
+        draws ([`TrainingDraws`]): the others stay as they are.
+        level (`float`): from 0, clean, to 1, nothing but noise.
+        token_scheduler (`SchedulerMixin`): of the model.
+    """
+    if token_scheduler.config.prediction_type == "flow_matching":
+        timestep = 1.0 - level
+    else:
+        timestep = round(level * (token_scheduler.config.num_train_timesteps - 1))
+    return replace(draws, timesteps=torch.full_like(draws.timesteps, timestep))
 
 
 def draw_training(
