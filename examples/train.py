@@ -174,8 +174,8 @@ def prepare(
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
-            "DeepSpeed would cut the EMA copy up without updating the pieces, and steps on losses that are not finite: use "
-            "FSDP2 instead (examples/accelerate/fsdp2.yaml)."
+            "DeepSpeed would cut the EMA copy up without updating the pieces, and steps on losses that are not finite. "
+            "Use FSDP2 instead (examples/accelerate/fsdp2.yaml)."
         )
     resume = args.resume_from_checkpoint
     resume = find_checkpoint(accelerator, output_dir, resume) if resume else None
@@ -205,7 +205,9 @@ def prepare(
         fused=True,
     )
     # not prepared: it advances once per step, whatever the number of processes
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, total_steps)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
     if vae is not None:
         vae.to(accelerator.device)
@@ -271,7 +273,7 @@ def training_step(run: Run, batches: Iterator[dict]) -> dict[str, float]:
             accelerator.backward(output.loss)
             accumulated.append(torch.stack([output.diffusion_loss, output.prediction_loss]).detach())
     norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm or 0.0)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all pieces, where weights are spread
     asked_to_stop = torch.tensor([float(run.signals.name is not None)], device=accelerator.device)
     stats = accelerator.reduce(torch.cat([torch.stack(accumulated).mean(0), asked_to_stop]), "mean")
     *losses, stop, norm = torch.cat([stats, norm.reshape(1).to(stats)]).tolist()  # the step's one wait for the device

@@ -197,6 +197,20 @@ def test_weights_that_do_not_fit_are_refused_by_name(golden, digits_run, tmp_pat
         run(tmp_path / "c", **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("constant_with_warmup", [0.5, 1, 1, 1, 1, 1]), ("cosine", [0.5, 1, 0.854, 0.5, 0.146, 0])]
+)
+def test_the_learning_rate_follows_its_schedule(tmp_path, name, expected):
+    options = {**DIGITS, "max_train_steps": 6, "lr_warmup_steps": 2, "learning_rate": 1.0, "lr_scheduler": name}
+    state = train.prepare(*train.parse_options(command_line(tmp_path, **options)))
+    rates = []
+    for _ in expected:
+        state.optimizer.step()
+        state.lr_scheduler.step()
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx(expected, abs=1e-3)
+
+
 def test_the_loss_is_split_by_noise_level(digits_run):
     history = torch.load(digits_run / "checkpoint-45" / "custom_checkpoint_0.pkl", weights_only=True)
     assert list(history["noise_levels"]) == [15, 30, 45]
