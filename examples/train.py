@@ -43,7 +43,7 @@ from djepa_hf.model_card import create_model_card
 from djepa_hf.optimization import ema_decay, parameter_groups, set_weight_decay
 from djepa_hf.schedulers import token_scheduler_for
 from djepa_hf.training_data import TrainingData, load_training_samples
-from djepa_hf.visualization import labelled_grid, plot_losses
+from djepa_hf.visualization import labelled_grid, plot_losses, plot_noise_levels
 
 PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 8
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -448,11 +448,8 @@ def publish(run: Run):
         losses = {name.replace("_", " "): values for name, values in run.history.losses.items()}
         plot_losses(list(range(1, run.step + 1)), losses, run.output_dir / "loss.png", title)
         if levels := run.history.noise_levels:
-            by_level = {
-                f"noise {level}": list(values)
-                for level, values in zip(NOISE_LEVELS, zip(*levels.values(), strict=True), strict=True)
-            }
-            plot_losses(list(levels), by_level, run.output_dir / "loss_by_noise_level.png", title)
+            by_level = dict(zip(NOISE_LEVELS, zip(*levels.values(), strict=True), strict=True))
+            plot_noise_levels(list(levels), by_level, run.output_dir / "loss_by_noise_level.png", title)
         (run.output_dir / "sampling.yaml").write_text(yaml.safe_dump(asdict(run.sampling), sort_keys=False))
         print(f"The pipeline in {run.output_dir} holds the EMA weights after step {run.step}.")
     run.accelerator.end_training()

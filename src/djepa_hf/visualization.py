@@ -53,6 +53,29 @@ def plot_losses(steps: list[int], losses: dict[str, list[float]], path: str | Pa
     figure.savefig(path, dpi=120)
 
 
+def plot_noise_levels(steps: list[int], losses: dict[float, list[float]], path: str | Path, title: str):
+    """
+    The loss at single noise levels over training, one curve each, to an image file.
+
+    Args:
+        steps (`list[int]`): optimizer steps at which it was measured.
+        losses (`dict[float, list[float]]`): a value per step for each noise level.
+        path (`str` or `Path`): where the picture goes.
+        title (`str`): what was trained.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for level, values in losses.items():
+        axes.plot(steps, values, marker="o", markersize=3, color=colormaps["viridis"](level), label=f"noise {level}")
+    axes.set(xlabel="optimizer step", ylabel="diffusion loss", title=title, yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+
+
 def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
     """Moving average without the bias of its start."""
     average, smoothed = 0.0, []
