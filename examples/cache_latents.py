@@ -12,6 +12,7 @@ folder is one that `datasets.load_from_disk` reads; `manifest.json` says what it
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +119,9 @@ def main(argv: list[str] | None = None):
         raise ValueError("`streaming` data have no fixed order to go on in: download them for a cache.")
     state, folder = PartialState(), Path(args.output_dir)
     vae = load_vae(data_args.pretrained_vae_model_name_or_path).to(state.device)
+    stride = 2 ** (len(vae.config.block_out_channels) - 1)
+    if data_args.resolution % stride:
+        raise ValueError(f"`resolution` {data_args.resolution} must be divisible by the VAE's stride {stride}.")
     data = load_training_data(
         data_args.dataset_name,
         data_args.train_data_dir,
@@ -128,9 +132,12 @@ def main(argv: list[str] | None = None):
     )
     plan = make_plan(data_args, args.shard_size, data, vae)
     check_plan(plan, folder)
+    state.wait_for_everyone()  # before the plan that they check is written
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
+        unfinished = folder / f"{PLAN}.unfinished"
+        unfinished.write_text(json.dumps(plan, indent=2) + "\n")
+        os.replace(unfinished, folder / PLAN)
     state.wait_for_everyone()
 
     images = Images(data, ImageToSample(data_args.resolution, vae.config.in_channels))

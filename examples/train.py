@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,13 +27,14 @@ from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from PIL import Image
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
 from djepa_hf.accounting import mean_num_masked, parameters_per_part, training_flops, training_memory
 from djepa_hf.arguments import DataArguments, ModelArguments, SamplingArguments, TrainingArguments, parse_arguments
 from djepa_hf.batches import batch_loader, seed_of
-from djepa_hf.checkpoints import find_checkpoint, save_checkpoint
+from djepa_hf.checkpoints import find_checkpoint, save_checkpoint, set_aside_later
 from djepa_hf.configuration_djepa import PRESETS
 from djepa_hf.draws import at_noise_level, draw_training
 from djepa_hf.interruption import StopSignals
@@ -46,15 +47,16 @@ from djepa_hf.training_data import TrainingData, load_training_samples
 from djepa_hf.visualization import labelled_grid, plot_losses, plot_noise_levels
 
 PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 8
+KEPT_SETTINGS = ("seed", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon")
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class History:
     """What happened so far, kept across a resume."""
 
-    def __init__(self, init_from: str | None, global_batch: int):
+    def __init__(self, init_from: str | None, settings: dict):
         self.init_from = init_from  # the weights that training started from
-        self.global_batch = global_batch  # images per step; without it, `step` would not say where in the data we are
+        self.settings = settings  # what a resumed run would otherwise ignore, or go astray by
         self.skipped_steps = 0
         self.noise_levels: dict[int, list[float]] = {}  # step -> diffusion loss at each of NOISE_LEVELS
         self.losses: dict[str, list[float]] = {"diffusion_loss": [], "prediction_loss": []}
@@ -67,11 +69,12 @@ class History:
         return vars(self)
 
     def load_state_dict(self, state: dict):
-        if state["global_batch"] != self.global_batch:
-            raise ValueError(
-                f"The checkpoint was made with {state['global_batch']} images per step, this run has "
-                f"{self.global_batch}: choose `train_batch_size` and `gradient_accumulation_steps` to match."
-            )
+        for name, value in self.settings.items():
+            if state["settings"].get(name) != value:
+                raise ValueError(
+                    f"The checkpoint was made with {name} {state['settings'].get(name)}, this run has {value}: a "
+                    "resumed run keeps to its settings. To train on with others, start a new one with `init_from`."
+                )
         vars(self).update(state)
 
 
@@ -92,11 +95,15 @@ class Run:
     signals: StopSignals
     step: int = 0
     skipped_in_a_row: int = 0
-    num_unreadable: int = 0
+    unreadable: set[str] = field(default_factory=set)
 
     @property
     def output_dir(self) -> Path:
         return Path(self.args.output_dir)
+
+    @property
+    def images_per_step(self) -> int:
+        return self.history.settings["images per step"]
 
     @property
     def online(self) -> DJEPAForPreTraining:
@@ -208,20 +215,28 @@ def prepare(
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # autocast alone decides what is computed in half precision, as everywhere: FSDP would cast timesteps, too
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     model, optimizer = accelerator.prepare(model, optimizer)
     if vae is not None:
         vae.to(accelerator.device)
-    history, signals = History(model_args.init_from, global_batch), StopSignals()
+    settings = {name: getattr(args, name) for name in KEPT_SETTINGS}
+    settings |= {"images per step": global_batch, "data": data.source}
+    history, signals = History(model_args.init_from, settings), StopSignals()
     run = Run(args, sampling, accelerator, model, data, optimizer, lr_scheduler, vae, total_steps, history, signals)
     run.check_sampling()
     accelerator.register_for_checkpointing(history, lr_scheduler)
     if resume is not None:
         folder, run.step = resume
         accelerator.load_state(folder)
+        accelerator.step = 0  # its count of batches, by which it accumulates: steps may be cut up differently now
+        if accelerator.is_main_process and folder.parent == output_dir and not args.dry_run:
+            set_aside_later(output_dir, run.step)
+        accelerator.wait_for_everyone()
         accelerator.print(f"Resuming after step {run.step} from {folder}.")
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    if args.report_to:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if args.report_to and not args.dry_run:
         accelerator.init_trackers("djepa", config=asdict(args) | asdict(data_args) | asdict(model_args))
     accelerator.print(
         f"{data.source}: {len(data.names)} classes, {run.online.djepa.num_parameters():,} parameters, "
@@ -267,7 +282,7 @@ def training_step(run: Run, batches: Iterator[dict]) -> dict[str, float]:
     for i in range(args.gradient_accumulation_steps):
         batch = next(batches)
         write_down_unreadable(run, batch["unreadable"])
-        ids += batch["id"].tolist()
+        ids += batch["id"].tolist() if isinstance(batch["id"], torch.Tensor) else batch["id"]
         with accelerator.accumulate(run.model):
             output = run.model(**model_inputs(run, batch, run.step * args.gradient_accumulation_steps + i))
             accelerator.backward(output.loss)
@@ -287,7 +302,8 @@ def training_step(run: Run, batches: Iterator[dict]) -> dict[str, float]:
     run.step += 1
     run.history.append(losses)
     # the ramp is there to forget a random start; an average of earlier training is worth keeping
-    decay = args.ema_decay if run.history.init_from else ema_decay(args.ema_decay, run.step)
+    ramps = args.ema_warmup and not run.history.init_from
+    decay = ema_decay(args.ema_decay, run.step) if ramps else args.ema_decay
     if is_finite:
         run.online.update_target(decay)
     count_skipped(run, is_finite, losses | {"gradient_norm": norm}, ids)
@@ -301,6 +317,7 @@ def count_skipped(run: Run, is_finite: bool, values: dict[str, float], ids: list
         return
     run.history.skipped_steps += 1
     run.skipped_in_a_row += 1
+    values = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}  # JSON has no NaN
     record = {"step": run.step, "process": run.accelerator.process_index, **values, "images": ids}
     with (run.output_dir / "skipped_steps.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -315,15 +332,16 @@ def count_skipped(run: Run, is_finite: bool, values: dict[str, float], ids: list
 
 def write_down_unreadable(run: Run, names: list[str]):
     """Counts images that could not be read and names them in a file; too many are an error."""
-    if not names:
+    new = [name for name in dict.fromkeys(names) if name not in run.unreadable]
+    if not new:
         return
-    run.num_unreadable += len(names)
+    run.unreadable.update(new)
     path = run.output_dir / "unreadable_images.log"
     with path.open("a") as file:
-        file.writelines(f"{name}\n" for name in names)
-    if run.num_unreadable > run.args.max_unreadable_images:
+        file.writelines(f"{name}\n" for name in new)
+    if len(run.unreadable) > run.args.max_unreadable_images:
         raise ValueError(
-            f"{run.num_unreadable} images could not be read, more than `max_unreadable_images` "
+            f"{len(run.unreadable)} images could not be read, more than `max_unreadable_images` "
             f"({run.args.max_unreadable_images}). {path} names them."
         )
 
@@ -351,7 +369,7 @@ def train(run: Run) -> bool:
     while run.step < run.total_steps:
         values = training_step(run, batches)
         stop = values.pop("stop")
-        rate = (run.step - first_step) * run.history.global_batch / (time.perf_counter() - started)
+        rate = (run.step - first_step) * run.images_per_step / (time.perf_counter() - started)
         values |= {"learning_rate": run.lr_scheduler.get_last_lr()[0], "images_per_second": rate}
         values |= {"skipped_steps": run.history.skipped_steps}
         progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
@@ -370,6 +388,7 @@ def train(run: Run) -> bool:
                 f"Stopped by {run.signals.name or 'a signal'} after step {run.step}; {folder} is complete. Go on with "
                 "`--resume_from_checkpoint latest`."
             )
+            accelerator.end_training()
             return False
     progress.close()
     return True
@@ -464,7 +483,7 @@ def recipe(run: Run) -> str:
     args, history = run.args, run.history
     start = f" It started from the weights of `{history.init_from}`." if history.init_from else ""
     return (
-        f"On {run.data.source}: {run.step:,} steps with a batch of {history.global_batch}, AdamW with a peak learning "
+        f"On {run.data.source}: {run.step:,} steps with a batch of {run.images_per_step}, AdamW with a peak learning "
         f"rate of {args.learning_rate:g} ({args.lr_scheduler}, {args.lr_warmup_steps:,} steps of warm-up), betas "
         f"{args.adam_beta1:g} and {args.adam_beta2:g}, weight decay rising from 0 to {args.adam_weight_decay:g}, "
         f"gradients clipped to {args.max_grad_norm:g}, moving average with a decay of {args.ema_decay:g}, mixed "
@@ -491,12 +510,12 @@ def show_plan(run: Run):
     memory = training_memory(model, args.train_batch_size, half)
     plan = {f"parameters, {name}": f"{count:,}" for name, count in parameters_per_part(model).items()}
     plan |= {f"FLOPs per image, {name}": f"{count / 1e9:,.1f} G" for name, count in flops.items()}
-    plan["FLOPs per step, all"] = f"{sum(flops.values()) * run.history.global_batch / 1e12:,.2f} T"
+    plan["FLOPs per step, all"] = f"{sum(flops.values()) * run.images_per_step / 1e12:,.2f} T"
     plan |= {f"memory per process, {name}": f"{count / 2**30:,.2f} GiB" for name, count in memory.items()}
     plan["tokens per image"] = f"{config.num_tokens}, {mean_num_masked(config):.0f} of them hidden on average"
-    plan["images per step"] = f"{run.history.global_batch:,} on {accelerator.num_processes} process(es)"
+    plan["images per step"] = f"{run.images_per_step:,} on {accelerator.num_processes} process(es)"
     if not args.max_train_steps or not run.data.is_stream:
-        plan["steps per epoch"] = f"{run.data.count_images() / run.history.global_batch:,.1f}"
+        plan["steps per epoch"] = f"{run.data.count_images() / run.images_per_step:,.1f}"
     plan["steps"] = f"{run.total_steps:,}"
     plan["peak learning rate"] = f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps:,} warm-up steps"
     plan["mixed precision"] = accelerator.mixed_precision

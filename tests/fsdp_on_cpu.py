@@ -17,7 +17,10 @@ original = Accelerator.__init__
 
 def initialize(self, *args, **kwargs):
     original(self, *args, **kwargs)
-    AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+    plugin = FullyShardedDataParallelPlugin()
+    if self.mixed_precision != "no":
+        plugin.set_mixed_precision(self.mixed_precision)
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
     for state in (AcceleratorState, PartialState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
 

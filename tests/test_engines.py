@@ -75,6 +75,15 @@ def test_weights_spread_over_two_processes_do_so_too_and_resume(one_process, tmp
     assert_same_result(tmp_path / "resumed", tmp_path / "whole")
 
 
+def test_half_precision_is_the_same_with_spread_weights(tmp_path):
+    options = {"mixed_precision": "bf16", "checkpointing_steps": 6}
+    on_two_processes(tmp_path / "spread", [str(HERE / "fsdp_on_cpu.py")], FSDP2, **options)
+    run(tmp_path / "one", **{**OPTIONS, "train_batch_size": 8}, **options)
+    spread, one = (losses_of(tmp_path / name / "checkpoint-6") for name in ("spread", "one"))
+    for name, losses in one.items():
+        assert spread[name] == pytest.approx(losses, rel=2e-3), "no draws, timesteps or losses were rounded"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_the_configurations(path):
     config = config_args.load_config_from_file(str(path))

@@ -66,6 +66,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(uninterrupted, 
             time.sleep(0.0005)
         if not kill_while_writing:
             time.sleep(choose.random() / 20)  # anywhere in the steps that follow
+        assert process.poll() is None, "it was alive when it was killed"
         process.kill()
         process.communicate()
     process = start()
@@ -136,11 +137,50 @@ def test_a_changed_model_or_batch_is_refused(uninterrupted, tmp_path):
     for change, message in (
         ({"hidden_size": 64}, "holds another model: hidden_size is 32, not 64"),
         ({"hidden_dropout_prob": 0.2}, "holds another model: hidden_dropout_prob is 0.1, not 0.2"),
-        ({"train_batch_size": 8}, "made with 16 images per step, this run has 8"),
+        ({"train_batch_size": 8}, "made with images per step 16, this run has 8"),
+        ({"learning_rate": 0.5}, "made with learning_rate 0.0001, this run has 0.5"),
+        ({"seed": 3}, "made with seed 0, this run has 3"),
     ):
         options = {**OPTIONS, **change, "resume_from_checkpoint": uninterrupted / "checkpoint-24"}
         with pytest.raises(ValueError, match=message):
             run(tmp_path, **options)
+
+
+def test_steps_may_be_cut_up_differently_after_a_resume(tmp_path):
+    options = {**OPTIONS, "hidden_dropout_prob": 0.0, "max_train_steps": 6, "checkpointing_steps": 3}
+    run(tmp_path / "whole", **options)
+    cut = {"train_batch_size": 8, "gradient_accumulation_steps": 2}
+    run(tmp_path / "cut", **{**options, **cut, "resume_from_checkpoint": tmp_path / "whole" / "checkpoint-3"})
+    start, end = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole/checkpoint-3", "cut/checkpoint-6")
+    )
+    assert not torch.equal(start["djepa.predictor.mask_token"], end["djepa.predictor.mask_token"])
+
+
+def test_going_back_leaves_the_future_behind(tmp_path):
+    run(tmp_path, **{**OPTIONS, "max_train_steps": 6}, checkpointing_steps=2)
+    options = {**OPTIONS, "max_train_steps": 4, "checkpointing_steps": 2, "resume_from_checkpoint": "checkpoint-2"}
+    run(tmp_path, **options)
+    assert latest(tmp_path) == (tmp_path / "checkpoint-4", 4)
+    assert {path.name for path in tmp_path.glob("abandoned-*")} == {"abandoned-checkpoint-4", "abandoned-checkpoint-6"}
+
+
+def test_a_signal_to_all_processes_finds_the_checkpoint_written(tmp_path):
+    """Workers that read images get the cluster's signal, too, and must not die of it before the checkpoint is there."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    options = {**OPTIONS, "max_train_steps": 100_000, "checkpointing_steps": 2, "dataloader_num_workers": 2}
+    argv = [sys.executable, train.__file__, *command_line(tmp_path, **options)]
+    process = subprocess.Popen(
+        argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    while not (tmp_path / "checkpoint-4").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()[-2000:]
+    assert b"Stopped by SIGTERM after step" in output
+    latest(tmp_path)
+    assert not list(tmp_path.glob("unfinished-*"))
 
 
 def poisoned(tmp_path, bad_steps, **options):
@@ -171,12 +211,15 @@ def test_steps_that_are_not_finite_change_nothing_and_are_written_down(tmp_path)
     state.lr_scheduler.step = step_and_keep
     assert train.train(state)
     assert state.history.skipped_steps == 1
-    assert all(torch.equal(weights[2][name], tensor) for name, tensor in weights[1].items() if "djepa" in name)
+    trained = {name: tensor for name, tensor in weights[1].items() if not name.startswith("target.")}
+    assert all(torch.equal(weights[2][name], tensor) for name, tensor in trained.items())
+    average = {name: tensor for name, tensor in state.online.state_dict().items() if name.startswith("target.")}
+    assert all(torch.equal(weights[2][name], tensor) for name, tensor in average.items())
     (line,) = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert record["step"] == 3
     assert len(record["images"]) == 16
-    assert record["gradient_norm"] != record["gradient_norm"]
+    assert record["gradient_norm"] == "nan"
 
 
 def test_too_many_of_them_in_a_row_stop_the_run(tmp_path):

@@ -131,4 +131,6 @@ def test_what_cannot_be_cached(vae_folder, tmp_path):
         cache_latents.main(["--dataset_name", "digits", "--output_dir", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="`streaming` data have no fixed order"):
         cache_latents.main([*options(vae_folder, tmp_path / "out"), "--streaming", "true"])
+    with pytest.raises(ValueError, match="`resolution` 9 must be divisible by the VAE's stride 2"):
+        cache_latents.main(options(vae_folder, tmp_path / "out", resolution=9))
     assert not (tmp_path / "out").exists()

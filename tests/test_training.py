@@ -117,8 +117,12 @@ def test_checkpoints_are_found_and_limited(tmp_path):
     assert find_checkpoint(Accelerator(), tmp_path, "checkpoint-4") == (tmp_path / "checkpoint-4", 4)
     with pytest.raises(ValueError, match="no checkpoint 'checkpoint-5'"):
         find_checkpoint(Accelerator(), tmp_path, "checkpoint-5")
+    first = {**DIGITS, "max_train_steps": 1, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    run(tmp_path / "empty", **first)  # one command for the first start and for all others
+    assert latest(tmp_path / "empty")[1] == 1
+    (tmp_path / "empty" / "checkpoint-1" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"'latest', but .* holds no sound checkpoint"):
-        run(tmp_path / "empty", **DIGITS, resume_from_checkpoint="latest")
+        run(tmp_path / "empty", **first)
 
 
 def test_a_used_folder_and_impossible_previews_are_refused_before_training(digits_run, tmp_path):

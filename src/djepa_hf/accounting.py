@@ -60,8 +60,8 @@ def training_flops(config: DJEPAConfig) -> dict[str, float]:
 
 def training_memory(model: DJEPAForPreTraining, batch_size: int, half: bool) -> dict[str, float]:
     """
-    Estimated bytes per process of a training run without sharding. Activations are a rough estimate, without
-    activation checkpointing: what linear layers, norms and activations keep for the backward pass.
+    Estimated bytes per process of a training run without sharding and without activation checkpointing. Activations are
+    what linear layers keep for the backward pass; norms, dropout and copies in other types come on top.
     """
     config = model.config
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -76,5 +76,5 @@ def training_memory(model: DJEPAForPreTraining, batch_size: int, half: bool) -> 
     return {
         "weights, gradients, AdamW": 16.0 * trained,
         "EMA copy": 4.0 * average,
-        "activations (rough)": batch_size * element * (per_token * transformer + denoiser),
+        "activations (at least)": batch_size * element * (per_token * transformer + denoiser),
     }

@@ -89,6 +89,7 @@ class TrainingArguments:
     adam_weight_decay: float = _option(0.02, "Weight decay at the end of training; it rises to it from 0.")
     max_grad_norm: float = _option(3.0, "Gradients are clipped to this norm.")
     ema_decay: float = _option(0.9999, "Decay of the moving average that is published.")
+    ema_warmup: bool = _option(True, "Begin with a smaller decay, so that short runs forget their random start.")
     mixed_precision: Literal["no", "fp16", "bf16"] = _option(None, "As in the accelerate configuration if not given.")
     timestep_spacing: Literal["linspace", "leading"] = _option(
         "linspace", "`DDPMTokenScheduler.timestep_spacing` of the result, for the diffusion objective."

@@ -1,11 +1,15 @@
 """Which image goes into which batch, decoded in worker processes: the same whatever the number of processes.
 
-The training data are one endless stream: a permutation of all images, then another one. Batches are cut from it, and
-every process takes its share of each. So no image is left out or seen twice in an epoch, a batch does not depend on how
-many processes share it, and any place in the stream can be gone to at once.
+Training data on disk are one endless stream: a permutation of all images, then another one. Batches are cut from it,
+and every process takes its share of each. So no image is left out or seen twice in an epoch, a batch does not depend on
+how many processes share it, and any place in the stream can be gone to at once.
+
+Data that are streamed from elsewhere are read in shards, which processes and workers divide between them. One that has
+fewer images than another is through its epoch earlier, and their batches depend on how many there are.
 """
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator
 
 import datasets
@@ -133,20 +137,22 @@ class StreamingImages(IterableDataset):
             self.data.set_epoch(epoch)
             read = False
             for number, row in enumerate(self.data):
-                read = True
                 flip = self.flip and seed_of("flip", self.seed, epoch, self.rank, worker, number) % 2 == 1
                 try:
                     sample = self.to_sample(open_image(row["image"]), flip)
                 except Exception as error:
                     unreadable.append(f"{row['image'].get('path') or f'image {number} of a shard'}: {error}")
                     continue
+                read = True
                 yield {
                     "sample": sample,
                     "class_labels": row["label"],
-                    "id": row.get("id", number),
+                    "id": row.get("id", f"epoch {epoch}, process {self.rank}, worker {worker}, image {number}"),
                     "unreadable": unreadable,
                 }
                 unreadable = []
+            if unreadable and not read:
+                raise ValueError(f"Not one image of a stream can be read; the first: {unreadable[0]}")
             if not self.endless:
                 return
             epoch += 1
@@ -156,6 +162,13 @@ def collate(rows: list[dict]) -> dict:
     """Rows to a batch of tensors; the names of unreadable images stay a list."""
     unreadable = [name for row in rows for name in row.pop("unreadable")]
     return {**default_collate(rows), "unreadable": unreadable}
+
+
+def _leave_signals_alone(worker: int):
+    """Clusters signal all processes at once; workers must live until the main one has saved its checkpoint."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def batch_loader(
@@ -177,7 +190,11 @@ def batch_loader(
         rank, num_processes, seed, first_batch: as in [`StreamSampler`].
     """
     options = {"num_workers": num_workers, "collate_fn": collate, "persistent_workers": num_workers > 0}
-    options |= {"pin_memory": torch.cuda.is_available(), "generator": torch.Generator().manual_seed(seed)}
+    options |= {
+        "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": _leave_signals_alone,
+        "generator": torch.Generator().manual_seed(seed),
+    }
     if isinstance(data, IterableDataset):
         batches = iter(DataLoader(data, batch_size, **options))
         for _ in range(first_batch):

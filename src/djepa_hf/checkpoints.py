@@ -75,9 +75,26 @@ def save_checkpoint(
     return folder
 
 
-def find_checkpoint(accelerator: Accelerator, output_dir: Path, name: str) -> tuple[Path, int]:
+def set_aside_later(output_dir: Path, step: int):
     """
-    The folder and the optimizer step of a checkpoint that is sound.
+    Renames checkpoints of a run beyond the step that it goes back to: 'latest' must not lead into a future that was
+    given up.
+
+    Args:
+        output_dir (`Path`): of the run.
+        step (`int`): where it goes on.
+    """
+    for later, folder in _checkpoints(output_dir):
+        if later > step:
+            aside = output_dir / f"abandoned-{folder.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            logger.warning(f"Going on from step {step}: {folder} is now {aside.name}.")
+
+
+def find_checkpoint(accelerator: Accelerator, output_dir: Path, name: str) -> tuple[Path, int] | None:
+    """
+    The folder and the optimizer step of a checkpoint that is sound; nothing for `"latest"` where there is none yet.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): of the run; the main process looks, all get the answer.
@@ -92,7 +109,7 @@ def find_checkpoint(accelerator: Accelerator, output_dir: Path, name: str) -> tu
     if accelerator.is_main_process:
         try:
             answer[0] = _find(output_dir, name)
-        except ValueError as error:  # which all processes must hear of
+        except (OSError, ValueError) as error:  # which all processes must hear of
             answer[1] = str(error)
     found, problem = broadcast_object_list(answer)
     if problem is not None:
@@ -119,8 +136,11 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _find(output_dir: Path, name: str) -> tuple[Path, int]:
+def _find(output_dir: Path, name: str) -> tuple[Path, int] | None:
     if name == "latest":
+        if not _checkpoints(output_dir):
+            logger.warning(f"{output_dir} holds no checkpoint yet: starting from the beginning.")
+            return None
         for step, folder in reversed(_checkpoints(output_dir)):
             problem = damage(folder)
             if problem is None:
