@@ -31,10 +31,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
-from djepa_hf.accounting import mean_num_masked, parameters_per_part, training_flops, training_memory
+from djepa_hf.accounting import cost_of_training
 from djepa_hf.arguments import DataArguments, ModelArguments, SamplingArguments, TrainingArguments, parse_arguments
 from djepa_hf.batches import batch_loader, seed_of
-from djepa_hf.checkpoints import find_checkpoint, save_checkpoint, set_aside_later
+from djepa_hf.checkpoints import check_same_model, find_checkpoint, save_checkpoint, set_aside_later
 from djepa_hf.configuration_djepa import PRESETS
 from djepa_hf.draws import at_noise_level, draw_training
 from djepa_hf.interruption import StopSignals
@@ -44,7 +44,7 @@ from djepa_hf.model_card import create_model_card
 from djepa_hf.optimization import ema_decay, parameter_groups, set_weight_decay
 from djepa_hf.schedulers import token_scheduler_for
 from djepa_hf.training_data import TrainingData, load_training_samples
-from djepa_hf.visualization import labelled_grid, plot_losses, plot_noise_levels
+from djepa_hf.visualization import film_strip, labelled_grid, plot_losses, plot_noise_levels
 
 PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 8
 KEPT_SETTINGS = ("seed", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -157,15 +157,6 @@ def initial_model(args: ModelArguments, data: TrainingData, vae: AutoencoderKL |
     if init_from is None:
         return DJEPAForPreTraining(DJEPAConfig.from_preset(preset or "base", **options))
     return load_for_training(init_from, PRESETS.get(preset, {}) | options)
-
-
-def check_same_model(config: DJEPAConfig, folder: Path):
-    """Raises a `ValueError` that names how the model differs from the one in a checkpoint."""
-    saved, current = DJEPAConfig.from_pretrained(folder).to_dict(), config.to_dict()
-    differing = [name for name in DJEPAConfig.__annotations__ if saved.get(name) != current.get(name)]
-    if differing:
-        lists = "; ".join(f"{name} is {saved.get(name)}, not {current.get(name)}" for name in differing)
-        raise ValueError(f"The checkpoint {folder} holds another model: {lists}.")
 
 
 def prepare(
@@ -434,15 +425,7 @@ def preview(run: Run, name: str):
     labelled_grid(rows).save(folder / name)
     for i in labels:
         images[i * PREVIEW_IMAGES].save(folder / "frames" / f"{run.step:08d}-{i:02d}.png")
-    save_film_strip(folder)
-
-
-def save_film_strip(folder: Path):
-    """One row per preview so far, one picture per class: how the moving average got better."""
-    frames: dict[str, list[Image.Image]] = {}
-    for path in sorted((folder / "frames").glob("*.png")):
-        frames.setdefault(str(int(path.stem.split("-")[0])), []).append(Image.open(path))
-    labelled_grid(list(frames.items())).save(folder / "film_strip.png")
+    film_strip(folder / "frames").save(folder / "film_strip.png")
 
 
 def publish(run: Run):
@@ -505,14 +488,8 @@ def show_plan(run: Run):
     for picture, label in zip(pictures, batch["class_labels"].tolist(), strict=False):
         by_class.setdefault(run.data.names[label].split(",")[0], []).append(picture)
     labelled_grid(list(by_class.items())).save(run.output_dir / "first_batch.png")
-    flops, config = training_flops(model.config), model.config
     half = accelerator.mixed_precision != "no"
-    memory = training_memory(model, args.train_batch_size, half)
-    plan = {f"parameters, {name}": f"{count:,}" for name, count in parameters_per_part(model).items()}
-    plan |= {f"FLOPs per image, {name}": f"{count / 1e9:,.1f} G" for name, count in flops.items()}
-    plan["FLOPs per step, all"] = f"{sum(flops.values()) * run.images_per_step / 1e12:,.2f} T"
-    plan |= {f"memory per process, {name}": f"{count / 2**30:,.2f} GiB" for name, count in memory.items()}
-    plan["tokens per image"] = f"{config.num_tokens}, {mean_num_masked(config):.0f} of them hidden on average"
+    plan = cost_of_training(model, args.train_batch_size, run.images_per_step, half)
     plan["images per step"] = f"{run.images_per_step:,} on {accelerator.num_processes} process(es)"
     if not args.max_train_steps or not run.data.is_stream:
         plan["steps per epoch"] = f"{run.data.count_images() / run.images_per_step:,.1f}"
@@ -520,7 +497,7 @@ def show_plan(run: Run):
     plan["peak learning rate"] = f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps:,} warm-up steps"
     plan["mixed precision"] = accelerator.mixed_precision
     width = max(map(len, plan))
-    print(yaml.safe_dump(json.loads(config.to_json_string(use_diff=True)), sort_keys=False)[:2000])
+    print(yaml.safe_dump(json.loads(model.config.to_json_string(use_diff=True)), sort_keys=False)[:2000])
     print("\n".join(f"{name:<{width}}  {value}" for name, value in plan.items()))
     print(f"The first batch is in {run.output_dir / 'first_batch.png'}. Nothing was trained.")
 

@@ -78,3 +78,23 @@ def training_memory(model: DJEPAForPreTraining, batch_size: int, half: bool) -> 
         "EMA copy": 4.0 * average,
         "activations (at least)": batch_size * element * (per_token * transformer + denoiser),
     }
+
+
+def cost_of_training(model: DJEPAForPreTraining, batch_size: int, images_per_step: int, half: bool) -> dict[str, str]:
+    """
+    What a training step costs, in words.
+
+    Args:
+        model ([`DJEPAForPreTraining`]): to train.
+        batch_size (`int`): images per process and forward.
+        images_per_step (`int`): of all processes and accumulated batches together.
+        half (`bool`): whether in half precision.
+    """
+    flops, memory = training_flops(model.config), training_memory(model, batch_size, half)
+    cost = {f"parameters, {name}": f"{count:,}" for name, count in parameters_per_part(model).items()}
+    hidden = mean_num_masked(model.config)
+    cost["tokens per image"] = f"{model.config.num_tokens}, {hidden:.0f} of them hidden on average"
+    cost |= {f"FLOPs per image, {name}": f"{count / 1e9:,.1f} G" for name, count in flops.items()}
+    cost["FLOPs per step, all"] = f"{sum(flops.values()) * images_per_step / 1e12:,.2f} T"
+    cost |= {f"memory per process, {name}": f"{count / 2**30:,.2f} GiB" for name, count in memory.items()}
+    return cost

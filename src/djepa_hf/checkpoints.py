@@ -117,6 +117,15 @@ def find_checkpoint(accelerator: Accelerator, output_dir: Path, name: str) -> tu
     return found
 
 
+def check_same_model(config: DJEPAConfig, folder: Path):
+    """Raises a `ValueError` that names how the model differs from the one in a checkpoint."""
+    saved, current = DJEPAConfig.from_pretrained(folder).to_dict(), config.to_dict()
+    differing = [name for name in DJEPAConfig.__annotations__ if saved.get(name) != current.get(name)]
+    if differing:
+        lists = "; ".join(f"{name} is {saved.get(name)}, not {current.get(name)}" for name in differing)
+        raise ValueError(f"The checkpoint {folder} holds another model: {lists}.")
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; nothing, if all its files are as they were written."""
     try:

@@ -31,6 +31,19 @@ def labelled_grid(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     return grid
 
 
+def film_strip(folder: Path) -> Image.Image:
+    """
+    How pictures changed over training: a row per step, in order.
+
+    Args:
+        folder (`Path`): with pictures called `STEP-NUMBER.png`.
+    """
+    frames: dict[str, list[Image.Image]] = {}
+    for path in sorted(folder.glob("*.png")):
+        frames.setdefault(str(int(path.stem.split("-")[0])), []).append(Image.open(path))
+    return labelled_grid(list(frames.items()))
+
+
 def plot_losses(steps: list[int], losses: dict[str, list[float]], path: str | Path, title: str):
     """
     Loss curves, raw and smoothed, one panel each, to an image file.
