@@ -186,7 +186,7 @@ class TimeEmbedding(nn.Module):
         return self.fc2(F.silu(self.fc1(sinusoids.to(self.fc1.weight.dtype))))
 
 
-class DenoiserLayer(nn.Module):
+class DenoiserLayer(GradientCheckpointingLayer):
     """Residual MLP block under adaptive layer norm (adaLN)."""
 
     def __init__(self, hidden_size: int, eps: float):
@@ -197,7 +197,7 @@ class DenoiserLayer(nn.Module):
         self.modulation = ZeroInitLinear(hidden_size, 3 * hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        shift, scale, gate = self.modulation(F.silu(condition)).chunk(3, dim=-1)
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
         modulated = self.norm(hidden_states) * (1 + scale) + shift
         return hidden_states + gate * self.fc2(F.silu(self.fc1(modulated)))
 
@@ -228,9 +228,10 @@ class DenoisingMLP(nn.Module):
                 for all tokens and the second for all timesteps.
         """
         hidden_states = self.input_projection(noisy_tokens)  # (M, W)
+        condition = F.silu(condition)
         for layer in self.layers:
             hidden_states = layer(hidden_states, condition)
-        shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
         return self.output_projection(self.norm(hidden_states) * (1 + scale) + shift)
 
 
