@@ -7,7 +7,6 @@ Writes one PNG per image and `grid.png`, with a row per label. An image depends 
 list and its number alone, not on how many others are made with it.
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ import torch
 
 from djepa_hf import DJEPAPipeline
 from djepa_hf.arguments import SamplingArguments, parse_arguments
+from djepa_hf.seeds import seed_of
 from djepa_hf.visualization import labelled_grid
 
 
@@ -45,11 +45,6 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def image_seed(seed: int, place: int, number: int) -> int:
-    """A seed of its own for each image. 32 bits, because CPU generators ignore the rest."""
-    return int.from_bytes(hashlib.sha256(f"{seed},{place},{number}".encode()).digest()[:4])
-
-
 def generate(
     pipe: DJEPAPipeline, ids: list[int], images_per_label: int, batch_size: int, seed: int, options: dict
 ) -> list:
@@ -58,7 +53,7 @@ def generate(
     pictures = []
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(image_seed(seed, place, number)) for place, _, number in batch]
+        generators = [torch.Generator().manual_seed(seed_of(seed, place, number)) for place, _, number in batch]
         pictures += pipe([i for _, i, _ in batch], generator=generators, **options).images
         print(f"{len(pictures)} of {len(jobs)} images")
     return pictures

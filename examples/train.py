@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
 from djepa_hf.accounting import cost_of_training
 from djepa_hf.arguments import DataArguments, ModelArguments, SamplingArguments, TrainingArguments, parse_arguments
-from djepa_hf.batches import batch_loader, seed_of
+from djepa_hf.batches import batch_loader
 from djepa_hf.checkpoints import check_same_model, find_checkpoint, save_checkpoint, set_aside_later
 from djepa_hf.configuration_djepa import PRESETS
 from djepa_hf.draws import at_noise_level, draw_training
@@ -43,6 +43,7 @@ from djepa_hf.loading import load_for_training, load_vae
 from djepa_hf.model_card import create_model_card
 from djepa_hf.optimization import ema_decay, parameter_groups, set_weight_decay
 from djepa_hf.schedulers import token_scheduler_for
+from djepa_hf.seeds import seed_of
 from djepa_hf.training_data import TrainingData, load_training_samples
 from djepa_hf.visualization import film_strip, labelled_grid, plot_losses, plot_noise_levels
 
@@ -409,11 +410,16 @@ def measure_noise_levels(run: Run):
         accelerator.log(named, step=run.step)
 
 
-def preview(run: Run, name: str):
-    """A labelled grid of the first classes from the moving average, from the same noise every time."""
+def preview(run: Run, name: str) -> DJEPAPipeline | None:
+    """
+    A labelled grid of the first classes from the moving average, from the same noise every time.
+
+    Returns:
+        [`DJEPAPipeline`]: that drew it; on the main process.
+    """
     pipe = run.pipeline()  # by all processes: the weights may be spread over them
     if not run.accelerator.is_main_process:
-        return
+        return None
     config = pipe.transformer.config
     labels = list(range(min(PREVIEW_CLASSES, config.num_labels)))
     options = run.sampling.call_options(config.num_tokens)
@@ -426,13 +432,13 @@ def preview(run: Run, name: str):
     for i in labels:
         images[i * PREVIEW_IMAGES].save(folder / "frames" / f"{run.step:08d}-{i:02d}.png")
     film_strip(folder / "frames").save(folder / "film_strip.png")
+    return pipe
 
 
 def publish(run: Run):
     """Writes the pipeline, with the moving average, a model card, a last preview and the loss curves."""
     run.accelerator.wait_for_everyone()
-    pipe = run.pipeline()
-    preview(run, "final.png")
+    pipe = preview(run, "final.png")
     if run.accelerator.is_main_process:
         pipe.save_pretrained(run.output_dir)
         options = run.sampling.call_options(pipe.transformer.config.num_tokens)

@@ -14,6 +14,7 @@ from scipy import linalg
 
 from djepa_hf import DJEPAPipeline
 from djepa_hf.metrics import DigitJudge, class_agreement, frechet_distance
+from djepa_hf.seeds import seed_of
 from djepa_hf.visualization import labelled_grid, plot_losses
 
 SAMPLING = ["--num_inference_steps", "2", "--num_denoising_steps", "2"]
@@ -132,6 +133,6 @@ def test_sampling_options_go_from_training_to_generation(folder, tmp_path):
     ]
     generate.main([str(part) for part in argv])
     pipe = DJEPAPipeline.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(generate.image_seed(0, 0, 0))
+    generator = torch.Generator().manual_seed(seed_of(0, 0, 0))
     image = pipe(0, generator=generator, temperature=0.98, guidance_scale=3.0, **options).images[0]
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "o" / "000_tench_000.png")))

@@ -8,7 +8,6 @@ Data that are streamed from elsewhere are read in shards, which processes and wo
 fewer images than another is through its epoch earlier, and their batches depend on how many there are.
 """
 
-import hashlib
 import signal
 from collections.abc import Callable, Iterator
 
@@ -18,11 +17,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 
 from .data import open_image
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed from numbers and words; 32 bits, because CPU generators ignore the rest."""
-    return int.from_bytes(hashlib.sha256(",".join(map(str, parts)).encode()).digest()[:4])
+from .seeds import seed_of
 
 
 class StreamSampler(Sampler):

@@ -12,7 +12,7 @@ from datasets.arrow_writer import ArrowWriter
 from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
-from .batches import seed_of
+from .seeds import seed_of
 
 MANIFEST = "manifest.json"
 VIEWS = 2  # the image and its mirror image
