@@ -12,7 +12,6 @@ folder is one that `datasets.load_from_disk` reads; `manifest.json` says what it
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +25,9 @@ from tqdm.auto import tqdm
 
 from djepa_hf.arguments import DataArguments, parse_arguments
 from djepa_hf.data import ImageToSample, load_training_data, open_image
+from djepa_hf.json_files import write_json
 from djepa_hf.latent_cache import MANIFEST, cache_features, weight_hash, write_index, write_shard
-from djepa_hf.latents import posterior_moments
+from djepa_hf.latents import latent_side, posterior_moments
 from djepa_hf.loading import load_vae
 
 PLAN = "plan.json"  # what an unfinished cache is being made with
@@ -68,7 +68,7 @@ def make_plan(args: DataArguments, shard_size: int, data: datasets.Dataset, vae:
     """What the cache is made with, so that nobody goes on with something else."""
     source = args.dataset_name or str(args.train_data_dir)
     fingerprint = hashlib.sha256(json.dumps([source, len(data), data["label"][:]]).encode()).hexdigest()[:16]
-    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    side = latent_side(args.resolution, vae)
     return {
         "source": source,
         "fingerprint": fingerprint,
@@ -119,9 +119,7 @@ def main(argv: list[str] | None = None):
         raise ValueError("`streaming` data have no fixed order to go on in: download them for a cache.")
     state, folder = PartialState(), Path(args.output_dir)
     vae = load_vae(data_args.pretrained_vae_model_name_or_path).to(state.device)
-    stride = 2 ** (len(vae.config.block_out_channels) - 1)
-    if data_args.resolution % stride:
-        raise ValueError(f"`resolution` {data_args.resolution} must be divisible by the VAE's stride {stride}.")
+    latent_side(data_args.resolution, vae)  # raises before anything is read, if there is none
     data = load_training_data(
         data_args.dataset_name,
         data_args.train_data_dir,
@@ -135,9 +133,7 @@ def main(argv: list[str] | None = None):
     state.wait_for_everyone()  # before the plan that they check is written
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"{PLAN}.unfinished"
-        unfinished.write_text(json.dumps(plan, indent=2) + "\n")
-        os.replace(unfinished, folder / PLAN)
+        write_json(folder / PLAN, plan)
     state.wait_for_everyone()
 
     images = Images(data, ImageToSample(data_args.resolution, vae.config.in_channels))

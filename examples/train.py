@@ -38,7 +38,7 @@ from djepa_hf.checkpoints import check_same_model, find_checkpoint, save_checkpo
 from djepa_hf.configuration_djepa import PRESETS
 from djepa_hf.draws import at_noise_level, draw_training
 from djepa_hf.interruption import StopSignals
-from djepa_hf.latents import decode_samples, latents_of_moments, posterior_moments
+from djepa_hf.latents import decode_samples, latent_side, latents_of_moments, posterior_moments
 from djepa_hf.loading import load_for_training, load_vae
 from djepa_hf.model_card import create_model_card
 from djepa_hf.optimization import ema_decay, parameter_groups, set_weight_decay
@@ -150,10 +150,7 @@ def initial_model(args: ModelArguments, data: TrainingData, vae: AutoencoderKL |
     preset, init_from = options.pop("preset", None), options.pop("init_from", None)
     options |= {"sample_size": data.resolution, "num_channels": data.channels, "id2label": dict(enumerate(data.names))}
     if vae is not None:
-        stride = 2 ** (len(vae.config.block_out_channels) - 1)
-        if data.resolution % stride:
-            raise ValueError(f"`resolution` {data.resolution} must be divisible by the VAE's stride {stride}.")
-        options |= {"sample_size": data.resolution // stride, "num_channels": vae.config.latent_channels}
+        options |= {"sample_size": latent_side(data.resolution, vae), "num_channels": vae.config.latent_channels}
         options["latent_scaling_factor"] = vae.config.scaling_factor
     if init_from is None:
         return DJEPAForPreTraining(DJEPAConfig.from_preset(preset or "base", **options))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .configuration_djepa import DJEPAConfig
 from .conversion import load_official_model
+from .json_files import write_json
 from .model_card import create_model_card, renamed
 from .options import check_options
 from .schedulers import token_scheduler_for
@@ -118,7 +119,7 @@ class PipelineHubMixin:
             configuration = Path(save_directory) / "transformer" / "config.json"
             shared = json.loads(configuration.read_text())
             shared.pop("dtype", None)
-            configuration.write_text(json.dumps(shared, indent=2) + "\n")
+            write_json(configuration, shared)
         if self_contained:
             write_code(self, save_directory)
         if push_to_hub:

@@ -12,6 +12,7 @@ from datasets.arrow_writer import ArrowWriter
 from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
+from .json_files import write_json
 from .seeds import seed_of
 
 MANIFEST = "manifest.json"
@@ -130,7 +131,5 @@ def write_index(folder: Path, shards: list[str], features: datasets.Features, ma
         "_output_all_columns": False,
         "_split": None,
     }
-    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    unfinished = folder / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(unfinished, folder / MANIFEST)
+    write_json(folder / "state.json", state)
+    write_json(folder / MANIFEST, manifest)

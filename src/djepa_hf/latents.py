@@ -27,6 +27,23 @@ def encode_images(
     return latents_of_moments(moments, noise, vae.config.scaling_factor, vae.config.shift_factor)
 
 
+def vae_stride(vae: AutoencoderKL) -> int:
+    """Pixels per latent along each axis."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_side(resolution: int, vae: AutoencoderKL) -> int:
+    """
+    The side of the latents of square images.
+
+    Raises:
+        ValueError: if the images cannot be divided so.
+    """
+    if resolution % vae_stride(vae):
+        raise ValueError(f"`resolution` {resolution} must be divisible by the VAE's stride {vae_stride(vae)}.")
+    return resolution // vae_stride(vae)
+
+
 def posterior_moments(images: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
     """
     Mean and log-variance of the latents of images, `(B, 2 * latent_channels, h, w)`, neither shifted nor scaled.

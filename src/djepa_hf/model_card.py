@@ -13,6 +13,7 @@ from .configuration_djepa import PRESETS, DJEPAConfig
 from .conversion.sizes import preset_name
 from .imagenet_classes import IMAGENET_CLASSES
 from .labels import find_label_id
+from .latents import vae_stride
 
 TASK = {"task_type": "unconditional-image-generation", "task_name": "Class-conditional image generation"}
 IMAGENET = {"dataset_type": "ILSVRC/imagenet-1k", "dataset_name": "ImageNet 256x256"}
@@ -199,8 +200,7 @@ def _facts(pipe: DiffusionPipeline) -> dict[str, str]:
     grid, sample = (" x ".join(map(str, shape)) for shape in (config.grid_size, config.sample_shape))
     space = f"{'pixels' if _makes_pictures(pipe) else f'samples of {config.num_channels} channels'}, {sample}"
     if pipe.vae is not None:
-        stride = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        size = " x ".join(str(side * stride) for side in config.sample_shape)
+        size = " x ".join(str(side * vae_stride(pipe.vae)) for side in config.sample_shape)
         space = f"images of {size} pixels, as latents of {config.num_channels} channels, {sample}, scaled by "
         space += f"{pipe.vae.config.scaling_factor}"
     elif config.latent_scaling_factor is not None:

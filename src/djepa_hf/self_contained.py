@@ -9,6 +9,8 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from .json_files import write_json
+
 _PACKAGE = __name__.rpartition(".")[0]
 _REMOTE_CODE = "diffusers_modules"  # where diffusers puts the code that it loads from a pipeline's folder
 
@@ -45,9 +47,7 @@ def write_code(pipe: DiffusionPipeline, folder: str | os.PathLike):
             file = module.rpartition(".")[2]
             (folder / name / f"{file}.py").write_text(_code_of(module))
             index[name] = [file, type(component).__name__]
-    unfinished = index_file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(index, indent=2) + "\n")
-    os.replace(unfinished, index_file)
+    write_json(index_file, index)
 
 
 def single_file_source(module: str) -> str:
