@@ -23,11 +23,10 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
@@ -37,6 +36,7 @@ from djepa_hf.batches import batch_loader
 from djepa_hf.checkpoints import check_same_model, find_checkpoint, save_checkpoint, set_aside_later
 from djepa_hf.configuration_djepa import PRESETS
 from djepa_hf.draws import at_noise_level, draw_training
+from djepa_hf.engines import check_engine, is_spread, load_state, prepare_engine, update_average
 from djepa_hf.interruption import StopSignals
 from djepa_hf.latents import decode_samples, latent_side, latents_of_moments, posterior_moments
 from djepa_hf.loading import load_for_training, load_vae
@@ -94,6 +94,7 @@ class Run:
     total_steps: int
     history: History
     signals: StopSignals
+    mixed_precision: str
     step: int = 0
     skipped_in_a_row: int = 0
     unreadable: set[str] = field(default_factory=set)
@@ -119,7 +120,7 @@ class Run:
         A pipeline over the moving average as it is now. Where the weights are spread over processes, all must call
         this, and the main process gets it.
         """
-        if self.accelerator.distributed_type != DistributedType.FSDP:
+        if not is_spread(self.accelerator):
             return self.pipeline_of(self.online.export("ema"))
         weights = self.accelerator.get_state_dict(self.model)
         if not self.accelerator.is_main_process:
@@ -168,11 +169,7 @@ def prepare(
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "logs"),
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "DeepSpeed would cut the EMA copy up without updating the pieces, and steps on losses that are not finite. "
-            "Use FSDP2 instead (examples/accelerate/fsdp2.yaml)."
-        )
+    mixed_precision = check_engine(accelerator)
     resume = args.resume_from_checkpoint
     resume = find_checkpoint(accelerator, output_dir, resume) if resume else None
     if resume is None and any(output_dir.glob("checkpoint-*")):
@@ -204,21 +201,19 @@ def prepare(
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps
     )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        # autocast alone decides what is computed in half precision, as everywhere: FSDP would cast timesteps, too
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare_engine(accelerator, model, optimizer, args.train_batch_size, args.max_grad_norm)
     if vae is not None:
         vae.to(accelerator.device)
     settings = {name: getattr(args, name) for name in KEPT_SETTINGS}
     settings |= {"images per step": global_batch, "data": data.source}
     history, signals = History(model_args.init_from, settings), StopSignals()
-    run = Run(args, sampling, accelerator, model, data, optimizer, lr_scheduler, vae, total_steps, history, signals)
+    state = (lr_scheduler, vae, total_steps, history, signals, mixed_precision)
+    run = Run(args, sampling, accelerator, model, data, optimizer, *state)
     run.check_sampling()
     accelerator.register_for_checkpointing(history, lr_scheduler)
     if resume is not None:
         folder, run.step = resume
-        accelerator.load_state(folder)
+        load_state(accelerator, run.online, folder)
         accelerator.step = 0  # its count of batches, by which it accumulates: steps may be cut up differently now
         if accelerator.is_main_process and folder.parent == output_dir and not args.dry_run:
             set_aside_later(output_dir, run.step)
@@ -268,15 +263,17 @@ def training_step(run: Run, batches: Iterator[dict]) -> dict[str, float]:
     """
     args, accelerator = run.args, run.accelerator
     accumulated, ids = [], []
+    set_weight_decay(run.optimizer, args.adam_weight_decay, run.step / run.total_steps)
     for i in range(args.gradient_accumulation_steps):
         batch = next(batches)
         write_down_unreadable(run, batch["unreadable"])
         ids += batch["id"].tolist() if isinstance(batch["id"], torch.Tensor) else batch["id"]
         with accelerator.accumulate(run.model):
             output = run.model(**model_inputs(run, batch, run.step * args.gradient_accumulation_steps + i))
-            accelerator.backward(output.loss)
+            accelerator.backward(output.loss)  # DeepSpeed steps here, too, unless the gradient is not finite
             accumulated.append(torch.stack([output.diffusion_loss, output.prediction_loss]).detach())
     norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+    norm = torch.as_tensor(norm, device=accelerator.device)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all pieces, where weights are spread
     asked_to_stop = torch.tensor([float(run.signals.name is not None)], device=accelerator.device)
     stats = accelerator.reduce(torch.cat([torch.stack(accumulated).mean(0), asked_to_stop]), "mean")
@@ -284,7 +281,6 @@ def training_step(run: Run, batches: Iterator[dict]) -> dict[str, float]:
     losses = dict(zip(run.history.losses, losses, strict=True))
     is_finite = all(map(math.isfinite, (*losses.values(), norm)))
     if is_finite or accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale
-        set_weight_decay(run.optimizer, args.adam_weight_decay, run.step / run.total_steps)
         run.optimizer.step()
     run.optimizer.zero_grad()
     run.lr_scheduler.step()
@@ -294,7 +290,7 @@ def training_step(run: Run, batches: Iterator[dict]) -> dict[str, float]:
     ramps = args.ema_warmup and not run.history.init_from
     decay = ema_decay(args.ema_decay, run.step) if ramps else args.ema_decay
     if is_finite:
-        run.online.update_target(decay)
+        update_average(accelerator, run.online, decay)
     count_skipped(run, is_finite, losses | {"gradient_norm": norm}, ids)
     return losses | {"gradient_norm": norm, "ema_decay": decay, "stop": stop}
 
@@ -473,7 +469,7 @@ def recipe(run: Run) -> str:
         f"rate of {args.learning_rate:g} ({args.lr_scheduler}, {args.lr_warmup_steps:,} steps of warm-up), betas "
         f"{args.adam_beta1:g} and {args.adam_beta2:g}, weight decay rising from 0 to {args.adam_weight_decay:g}, "
         f"gradients clipped to {args.max_grad_norm:g}, moving average with a decay of {args.ema_decay:g}, mixed "
-        f"precision {run.accelerator.mixed_precision}.{start}"
+        f"precision {run.mixed_precision}.{start}"
     )
 
 
@@ -491,14 +487,14 @@ def show_plan(run: Run):
     for picture, label in zip(pictures, batch["class_labels"].tolist(), strict=False):
         by_class.setdefault(run.data.names[label].split(",")[0], []).append(picture)
     labelled_grid(list(by_class.items())).save(run.output_dir / "first_batch.png")
-    half = accelerator.mixed_precision != "no"
+    half = run.mixed_precision != "no"
     plan = cost_of_training(model, args.train_batch_size, run.images_per_step, half)
     plan["images per step"] = f"{run.images_per_step:,} on {accelerator.num_processes} process(es)"
     if not args.max_train_steps or not run.data.is_stream:
         plan["steps per epoch"] = f"{run.data.count_images() / run.images_per_step:,.1f}"
     plan["steps"] = f"{run.total_steps:,}"
     plan["peak learning rate"] = f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps:,} warm-up steps"
-    plan["mixed precision"] = accelerator.mixed_precision
+    plan["mixed precision"] = run.mixed_precision
     width = max(map(len, plan))
     print(yaml.safe_dump(json.loads(model.config.to_json_string(use_diff=True)), sort_keys=False)[:2000])
     print("\n".join(f"{name:<{width}}  {value}" for name, value in plan.items()))

@@ -1,18 +1,23 @@
 """Engines: however many processes share the work, and however the weights are spread over them, the result is one."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate.commands.config.config_args as config_args
 import pytest
 import torch
 import train
+from accelerate import ParallelismConfig
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from test_training import DIGITS, command_line, run
 
 from djepa_hf import DJEPAPipeline
+from djepa_hf.engines import check_engine
 
 HERE = Path(__file__).parent
 CONFIGS = sorted((HERE.parent / "examples" / "accelerate").glob("*.yaml"))
@@ -28,13 +33,37 @@ FSDP2 = {
 }
 
 
-def on_two_processes(output_dir, launcher=(), environment=None, **options):
+ZERO = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "DS_ACCELERATOR": "cpu",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where its build tools are
+}
+
+
+def launch(output_dir, engine=None, **options):
+    """The training script on two processes, under DDP or an engine."""
+    launcher = [] if engine is None else [str(HERE / "engine_on_cpu.py")]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *launcher, train.__file__]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(environment or {})}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(engine or {})}
     argv = [sys.executable, *command, *command_line(output_dir, **{**OPTIONS, "train_batch_size": 4, **options})]
-    result = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+
+
+def on_two_processes(output_dir, engine=None, **options):
+    result = launch(output_dir, engine, **options)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def zero(request, tmp_path_factory):
+    """DeepSpeed's ZeRO with weights whole (2) or spread, all but the smallest (3)."""
+    pytest.importorskip("deepspeed")
+    path = tmp_path_factory.mktemp("zero") / "config.json"
+    stage = {"stage": request.param, "stage3_param_persistence_threshold": 100}
+    kept = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    path.write_text(json.dumps({"zero_optimization": stage, **dict.fromkeys(kept, "auto")}))
+    return {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
 
 
 @pytest.fixture(scope="module")
@@ -64,28 +93,70 @@ def test_two_processes_do_what_one_does(one_process, tmp_path):
 
 
 def test_weights_spread_over_two_processes_do_so_too_and_resume(one_process, tmp_path):
-    launcher = [str(HERE / "fsdp_on_cpu.py")]
-    on_two_processes(tmp_path / "whole", launcher, FSDP2, checkpointing_steps=3)
+    on_two_processes(tmp_path / "whole", FSDP2, checkpointing_steps=3)
     assert_same_result(tmp_path / "whole", one_process)
     pieces = list((tmp_path / "whole" / "checkpoint-3" / "pytorch_model_fsdp_0").glob("*.distcp"))
     assert len(pieces) == 2, "the EMA copy is part of the sharded state"
     resume = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-3", "checkpointing_steps": 3}
-    output = on_two_processes(tmp_path / "resumed", launcher, FSDP2, **resume)
+    output = on_two_processes(tmp_path / "resumed", FSDP2, **resume)
     assert "Resuming after step 3" in output
     assert_same_result(tmp_path / "resumed", tmp_path / "whole")
 
 
 def test_half_precision_is_the_same_with_spread_weights(tmp_path):
     options = {"mixed_precision": "bf16", "checkpointing_steps": 6}
-    on_two_processes(tmp_path / "spread", [str(HERE / "fsdp_on_cpu.py")], FSDP2, **options)
+    on_two_processes(tmp_path / "spread", FSDP2, **options)
     run(tmp_path / "one", **{**OPTIONS, "train_batch_size": 8}, **options)
     spread, one = (losses_of(tmp_path / name / "checkpoint-6") for name in ("spread", "one"))
     for name, losses in one.items():
         assert spread[name] == pytest.approx(losses, rel=2e-3), "no draws, timesteps or losses were rounded"
 
 
+def test_deepspeed_does_what_one_process_does_and_resumes(zero, one_process, tmp_path):
+    output = on_two_processes(tmp_path / "whole", zero, checkpointing_steps=3)
+    assert "6 steps of 16 images on 2 x cpu" in output
+    assert_same_result(tmp_path / "whole", one_process)
+    resume = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-3", "checkpointing_steps": 3}
+    output = on_two_processes(tmp_path / "resumed", zero, **resume)
+    assert "Resuming after step 3" in output
+    assert_same_result(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_deepspeed_skips_steps_that_are_not_finite(zero, tmp_path):
+    options = {"mixed_precision": "bf16", "learning_rate": 1e30, "lr_warmup_steps": 0, "max_skipped_steps": 3}
+    result = launch(tmp_path, zero, **options, checkpointing_steps=1)
+    assert "were not finite in 3 steps in a row" in result.stderr
+    assert (tmp_path / "checkpoint-4").is_dir(), "the first step was taken, three were skipped"
+    average = [load_piece(tmp_path / f"checkpoint-{step}") for step in (1, 4)]
+    assert torch.equal(*average)
+
+
+def load_piece(checkpoint):
+    """The moving average of a small parameter in a checkpoint of DeepSpeed, as far as the first process holds it."""
+    path, *_ = sorted((checkpoint / "pytorch_model").glob("*_model_states.pt"))
+    state = torch.load(path, weights_only=False)
+    return (state["frozen_param_fragments"] or state["module"])["target.predictor.mask_token"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("distributed_type", DistributedType.MEGATRON_LM, "Megatron-LM is not supported"),
+        ("distributed_type", DistributedType.FSDP, "set `fsdp_version: 2`"),
+        ("parallelism_config", ParallelismConfig(tp_size=2), "Tensor, context and sequence parallelism"),
+    ],
+)
+def test_engines_that_would_train_something_else_are_refused(name, config, message):
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.NO, mixed_precision="no", is_fsdp2=False, parallelism_config=None
+    )
+    setattr(accelerator, name, config)
+    with pytest.raises(ValueError, match=message):
+        check_engine(accelerator)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_the_configurations(path):
     config = config_args.load_config_from_file(str(path))
     assert config.mixed_precision == "bf16"
-    assert config.distributed_type.value in ("NO", "MULTI_GPU", "FSDP")
+    assert config.distributed_type.value in ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")

@@ -1,0 +1,110 @@
+"""What differs between the engines that Accelerate drives: DDP, FSDP2 and DeepSpeed's ZeRO.
+
+All of them do the same here. Weights, their moving average and the optimizer work in float32, and autocast alone decides
+what is computed in half precision, so that one process and many, whole weights and spread ones, agree.
+"""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from .modeling_djepa import DJEPAForPreTraining
+
+
+def check_engine(accelerator: Accelerator) -> str:
+    """
+    The mixed precision of a run, `"no"`, `"fp16"` or `"bf16"`; called before the model is built.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): of the run.
+
+    Raises:
+        ValueError: if the engine or its settings would not train what is asked for.
+    """
+    kind, precision = accelerator.distributed_type, accelerator.mixed_precision
+    if kind == DistributedType.MEGATRON_LM:
+        raise ValueError("Megatron-LM is not supported: use FSDP2 (examples/accelerate/fsdp2.yaml).")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 is not supported: set `fsdp_version: 2`, as in examples/accelerate/fsdp2.yaml.")
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and any((parallelism.tp_enabled, parallelism.cp_enabled, parallelism.sp_enabled)):
+        raise ValueError(
+            "Tensor, context and sequence parallelism are not supported: use `dp_replicate_size` and `dp_shard_size` "
+            "(examples/accelerate/fsdp2_hybrid.yaml)."
+        )
+    if kind == DistributedType.DEEPSPEED:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        if precision == "fp16":
+            raise ValueError("`mixed_precision` 'fp16' is not supported with DeepSpeed: use 'bf16'.")
+        unset_hf_deepspeed_config()  # or transformers would build models in pieces, before the average is a copy
+    return precision
+
+
+def prepare_engine(
+    accelerator: Accelerator,
+    model: DJEPAForPreTraining,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    max_grad_norm: float,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """
+    `accelerator.prepare` for model and optimizer.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): that [`check_engine`] approved of.
+        model ([`DJEPAForPreTraining`]), optimizer (`torch.optim.Optimizer`): to train.
+        batch_size (`int`): per process and forward.
+        max_grad_norm (`float`): that gradients are clipped to.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()  # it would cast timesteps, too
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.prepare(model, optimizer)
+    if accelerator.mixed_precision == "bf16":
+        model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config |= {"bf16": {"enabled": False}, "train_micro_batch_size_per_gpu": batch_size}
+    config["gradient_clipping"] = max_grad_norm
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # in the precision they have
+    return accelerator.prepare(model, optimizer)
+
+
+def is_spread(accelerator: Accelerator) -> bool:
+    """Whether every process holds a part of the weights alone."""
+    return accelerator.distributed_type == DistributedType.FSDP or _is_zero3(accelerator)
+
+
+@torch.no_grad()
+def update_average(accelerator: Accelerator, model: DJEPAForPreTraining, decay: float):
+    """[`DJEPAForPreTraining.update_target`], wherever the weights are."""
+    if not _is_zero3(accelerator):
+        model.update_target(decay)
+        return
+    for average, online in zip(model.target.parameters(), model.djepa.parameters(), strict=True):
+        average.ds_tensor.lerp_(online.ds_tensor, 1 - decay)
+    _complete_small_parameters(model.target)
+
+
+def load_state(accelerator: Accelerator, model: DJEPAForPreTraining, folder: str):
+    """`accelerator.load_state`."""
+    accelerator.load_state(folder)
+    if _is_zero3(accelerator):
+        _complete_small_parameters(model.target)
+
+
+def _is_zero3(accelerator: Accelerator) -> bool:
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return False
+    return accelerator.deepspeed_config["zero_optimization"]["stage"] == 3
+
+
+def _complete_small_parameters(module: nn.Module):
+    """ZeRO-3 keeps small parameters whole, too, on every process; who changes the pieces must renew those."""
+    small = [parameter for parameter in module.parameters() if parameter.ds_persist]
+    for parameter in small:
+        parameter.partition()
+    if small:
+        small[0].all_gather(small)
