@@ -12,7 +12,6 @@ A run that was killed goes on with `--resume_from_checkpoint latest`; SIGTERM an
 `--dry_run` shows what would be done, and stops.
 """
 
-import copy
 import json
 import math
 import time
@@ -32,12 +31,13 @@ from tqdm.auto import tqdm
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
 from djepa_hf.accounting import cost_of_training
 from djepa_hf.arguments import DataArguments, ModelArguments, SamplingArguments, TrainingArguments, parse_arguments
-from djepa_hf.batches import batch_loader
+from djepa_hf.batches import Batches, batch_loader
 from djepa_hf.checkpoints import check_same_model, find_checkpoint, save_checkpoint, set_aside_later
 from djepa_hf.configuration_djepa import PRESETS
 from djepa_hf.draws import at_noise_level, draw_training
-from djepa_hf.engines import check_engine, is_spread, load_state, prepare_engine, update_average
+from djepa_hf.engines import average_as_model, check_engine, load_state, prepare_engine, update_average
 from djepa_hf.interruption import StopSignals
+from djepa_hf.json_files import write_json
 from djepa_hf.latents import decode_samples, latent_side, latents_of_moments, posterior_moments
 from djepa_hf.loading import load_for_training, load_vae
 from djepa_hf.model_card import create_model_card
@@ -95,6 +95,7 @@ class Run:
     history: History
     signals: StopSignals
     mixed_precision: str
+    resumed_from: Path | None = None
     step: int = 0
     skipped_in_a_row: int = 0
     unreadable: set[str] = field(default_factory=set)
@@ -120,15 +121,8 @@ class Run:
         A pipeline over the moving average as it is now. Where the weights are spread over processes, all must call
         this, and the main process gets it.
         """
-        if not is_spread(self.accelerator):
-            return self.pipeline_of(self.online.export("ema"))
-        weights = self.accelerator.get_state_dict(self.model)
-        if not self.accelerator.is_main_process:
-            return None
-        model = DJEPAModel(copy.deepcopy(self.online.config))
-        model.config.weights = "ema"
-        model.load_state_dict({name: weights[f"target.{name}"] for name in model.state_dict()})
-        return self.pipeline_of(model.to(self.accelerator.device).eval())
+        model = average_as_model(self.accelerator, self.model)
+        return None if model is None else self.pipeline_of(model)
 
     def pipeline_of(self, model: DJEPAModel) -> DJEPAPipeline:
         objective = model.config.objective
@@ -206,13 +200,15 @@ def prepare(
         vae.to(accelerator.device)
     settings = {name: getattr(args, name) for name in KEPT_SETTINGS}
     settings |= {"images per step": global_batch, "data": data.source}
+    if data.is_stream:
+        settings["processes x workers"] = f"{accelerator.num_processes} x {data.num_workers}"
     history, signals = History(model_args.init_from, settings), StopSignals()
     state = (lr_scheduler, vae, total_steps, history, signals, mixed_precision)
     run = Run(args, sampling, accelerator, model, data, optimizer, *state)
     run.check_sampling()
     accelerator.register_for_checkpointing(history, lr_scheduler)
     if resume is not None:
-        folder, run.step = resume
+        run.resumed_from, run.step = folder, _ = resume
         load_state(accelerator, run.online, folder)
         accelerator.step = 0  # its count of batches, by which it accumulates: steps may be cut up differently now
         if accelerator.is_main_process and folder.parent == output_dir and not args.dry_run:
@@ -331,14 +327,12 @@ def write_down_unreadable(run: Run, names: list[str]):
         )
 
 
-def train(run: Run) -> bool:
-    """
-    Steps until `total_steps`, with a progress bar, previews, checkpoints and trackers.
-
-    Returns:
-        `bool`: whether training is over, and was not stopped by a signal.
-    """
-    args, accelerator, first_step = run.args, run.accelerator, run.step
+def training_batches(run: Run) -> Batches:
+    """The batches of this process, from where the run is; checkpoints keep the place in a stream."""
+    args, accelerator, is_stream = run.args, run.accelerator, run.data.is_stream
+    place_file, place = f"stream_{accelerator.process_index}.json", None
+    if is_stream and run.resumed_from is not None:
+        place = json.loads((run.resumed_from / place_file).read_text())
     batches = batch_loader(
         run.data.samples,
         args.train_batch_size,
@@ -347,36 +341,50 @@ def train(run: Run) -> bool:
         accelerator.num_processes,
         args.seed,
         first_batch=run.step * args.gradient_accumulation_steps,
+        place=place,
     )
+    if is_stream:
+        accelerator.register_save_state_pre_hook(
+            lambda models, weights, folder: write_json(Path(folder) / place_file, batches.place)
+        )
+    return batches
+
+
+def train(run: Run) -> bool:
+    """
+    Steps until `total_steps`, with a progress bar, previews, checkpoints and trackers.
+
+    Returns:
+        `bool`: whether training is over, and was not stopped by a signal.
+    """
+    args, accelerator, first_step, stop = run.args, run.accelerator, run.step, False
     progress = tqdm(total=run.total_steps, initial=run.step, desc="training", disable=not accelerator.is_main_process)
     started = time.perf_counter()
     run.model.train()
-    while run.step < run.total_steps:
-        values = training_step(run, batches)
-        stop = values.pop("stop")
-        rate = (run.step - first_step) * run.images_per_step / (time.perf_counter() - started)
-        values |= {"learning_rate": run.lr_scheduler.get_last_lr()[0], "images_per_second": rate}
-        values |= {"skipped_steps": run.history.skipped_steps}
-        progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-        progress.update()
-        if args.report_to and run.step % args.logging_steps == 0:
-            accelerator.log(values, step=run.step)
-        if args.validation_steps and run.step % args.validation_steps == 0:
-            preview(run, f"step-{run.step:06d}.png")
-            measure_noise_levels(run)
-        is_due = args.checkpointing_steps and run.step % args.checkpointing_steps == 0
-        if is_due or stop:
-            folder = run.save()
-        if stop:
-            progress.close()
-            accelerator.print(
-                f"Stopped by {run.signals.name or 'a signal'} after step {run.step}; {folder} is complete. Go on with "
-                "`--resume_from_checkpoint latest`."
-            )
-            accelerator.end_training()
-            return False
-    progress.close()
-    return True
+    with progress, training_batches(run) as batches:
+        while run.step < run.total_steps and not stop:
+            values = training_step(run, batches)
+            stop = values.pop("stop")
+            rate = (run.step - first_step) * run.images_per_step / (time.perf_counter() - started)
+            values |= {"learning_rate": run.lr_scheduler.get_last_lr()[0], "images_per_second": rate}
+            values |= {"skipped_steps": run.history.skipped_steps}
+            progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            progress.update()
+            if args.report_to and run.step % args.logging_steps == 0:
+                accelerator.log(values, step=run.step)
+            if args.validation_steps and run.step % args.validation_steps == 0:
+                preview(run, f"step-{run.step:06d}.png")
+                measure_noise_levels(run)
+            is_due = args.checkpointing_steps and run.step % args.checkpointing_steps == 0
+            if is_due or stop:
+                folder = run.save()
+    if stop:
+        accelerator.print(
+            f"Stopped by {run.signals.name or 'a signal'} after step {run.step}; {folder} is complete. Go on with "
+            "`--resume_from_checkpoint latest`."
+        )
+        accelerator.end_training()
+    return not stop
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Which image goes where: nothing twice, nothing left out, whatever the number of processes and workers."""
 
 import io
-import itertools
+import json
 from collections import Counter
 
 import datasets
@@ -124,15 +124,48 @@ def test_a_stream_of_which_nothing_can_be_read_is_an_error(tmp_path):
         next(batch_loader(StreamingImages(data, ImageToSample(8, 1), True), 2))
 
 
-def test_a_stream_goes_on_and_can_be_joined_later(shards):
-    data = datasets.load_dataset("parquet", data_files=shards, split="train", streaming=True)
-    stream = StreamingImages(data, ImageToSample(8, 1), True, 0, shuffle_buffer=5)
-    ids = [batch["id"].tolist() for batch in itertools.islice(batch_loader(stream, 4), 30)]
-    later = [batch["id"].tolist() for batch in itertools.islice(batch_loader(stream, 4, first_batch=20), 10)]
-    assert ids[20:] == later
-    flat = list(itertools.chain.from_iterable(ids))
-    assert sorted(flat[:36]) == sorted(flat[36:72])
-    assert flat[:36] != flat[36:72]
+@pytest.mark.parametrize(("num_shards", "workers"), [(4, 0), (4, 3), (2, 3)])
+def test_a_stream_goes_on_and_can_be_joined_later(shards, num_shards, workers):
+    decoded = []
+
+    class Decode(ImageToSample):
+        def __call__(self, image, flip=False):
+            decoded.append(1)
+            return super().__call__(image, flip)
+
+    def batches(place=None):
+        files = shards.replace("*", f"[0-{num_shards - 1}]")
+        data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        stream = StreamingImages(data, Decode(8, 1), True, 0, shuffle_buffer=5)
+        return batch_loader(stream, 4, workers, place=place)
+
+    def first(loader, count):
+        got = [next(loader) for _ in range(count)]
+        return [(batch["id"].tolist(), batch["sample"].flatten().tolist()) for batch in got]
+
+    whole = batches()
+    for given in (1, 20):
+        expected = first(whole, given)
+        place = json.loads(json.dumps(whole.place))
+        expected += first(whole, 8)
+        decoded.clear()
+        assert first(batches(place), 8) == expected[given:]
+        assert workers or len(decoded) <= 36, "what was given before is not decoded again, but for the last batch"
+    if workers == 0:
+        ids = [i for batch, _ in first(batches(), 18) for i in batch]
+        assert sorted(ids[:36]) == sorted(ids[36:])
+        assert ids[:36] != ids[36:]
+
+
+def test_a_stream_is_joined_at_the_end_of_its_epoch(shards):
+    def batches(place=None):
+        data = datasets.load_dataset("parquet", data_files=shards, split="train", streaming=True)
+        return batch_loader(StreamingImages(data, ImageToSample(8, 1), True, 0, shuffle_buffer=5), 4, place=place)
+
+    whole = batches()
+    for _ in range(9):  # all 36 images that can be read
+        next(whole)
+    assert next(batches(whole.place))["id"].tolist() == next(whole)["id"].tolist()
 
 
 def test_streams_and_formats_are_loaded_by_option(shards, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 import torch
 import train
@@ -18,6 +19,7 @@ from test_training import DIGITS, command_line, latest, run
 
 from djepa_hf import DJEPAForPreTraining
 from djepa_hf.checkpoints import CheckpointError
+from djepa_hf.data import load_digits
 
 OPTIONS = {**DIGITS, "max_train_steps": 24, "hidden_dropout_prob": 0.1, "random_flip": True, "train_batch_size": 16}
 
@@ -159,6 +161,24 @@ def test_a_changed_model_or_batch_is_refused(uninterrupted, tmp_path):
             run(tmp_path, **options)
 
 
+def test_a_streamed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    digits = load_digits("train")
+    for i in range(3):
+        digits.shard(3, i).to_parquet(tmp_path / f"{i}.parquet")
+    streamed = {"dataset_name": "parquet", "data_files": tmp_path / "*.parquet", "streaming": True}
+    options = {**OPTIONS, **streamed, "dataloader_num_workers": 2, "max_train_steps": 7, "train_batch_size": 128}
+    run(tmp_path / "whole", **options, checkpointing_steps=3)
+    assert (tmp_path / "whole" / "checkpoint-3" / "stream_0.json").is_file()
+    resume = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-3", "checkpointing_steps": 7}
+    run(tmp_path / "resumed", **options, **resume)
+    weights = load_file(tmp_path / "whole" / "transformer" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "resumed" / "transformer" / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+    with pytest.raises(ValueError, match="made with processes x workers 1 x 2, this run has 1 x 1"):
+        run(tmp_path / "other", **{**options, "dataloader_num_workers": 1}, **resume)
+
+
 def test_steps_may_be_cut_up_differently_after_a_resume(tmp_path):
     options = {**OPTIONS, "hidden_dropout_prob": 0.0, "max_train_steps": 6, "checkpointing_steps": 3}
     run(tmp_path / "whole", **options)
@@ -194,6 +214,15 @@ def test_a_signal_to_all_processes_finds_the_checkpoint_written(tmp_path):
     assert b"Stopped by SIGTERM after step" in output
     latest(tmp_path)
     assert not list(tmp_path.glob("unfinished-*"))
+
+
+def test_a_run_that_fails_while_workers_read_ends(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    options = {**OPTIONS, "dataloader_num_workers": 1, "learning_rate": 1e30, "lr_warmup_steps": 0}
+    argv = [sys.executable, train.__file__, *command_line(tmp_path, **options, max_skipped_steps=2)]
+    process = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 1
+    assert "were not finite in 2 steps in a row" in process.stderr
 
 
 def poisoned(tmp_path, bad_steps, **options):

@@ -5,9 +5,11 @@ and every process takes its share of each. So no image is left out or seen twice
 how many processes share it, and any place in the stream can be gone to at once.
 
 Data that are streamed from elsewhere are read in shards, which processes and workers divide between them. One that has
-fewer images than another is through its epoch earlier, and their batches depend on how many there are.
+fewer images than another is through its epoch earlier, and their batches depend on how many there are. A stream that is
+gone on with passes over what its epoch has already given, without decoding it.
 """
 
+import copy
 import signal
 from collections.abc import Callable, Iterator
 
@@ -124,14 +126,18 @@ class StreamingImages(IterableDataset):
         data = data.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else data
         self.data = split_dataset_by_node(data, rank, num_processes)
         self.to_sample, self.flip, self.seed, self.rank, self.endless = to_sample, flip, seed, rank, endless
+        self.starts: dict[int, tuple[int, int]] = {}  # where each worker begins: epoch, images of it to pass over
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
-        worker, unreadable, epoch, read = info.id if info else 0, [], 0, True
+        worker, unreadable, read = info.id if info else 0, [], True
+        epoch, first = self.starts.get(worker, (0, 0))
         while read:  # a worker without a shard of its own has nothing to do
             self.data.set_epoch(epoch)
-            read = False
+            read = first > 0
             for number, row in enumerate(self.data):
+                if number < first:
+                    continue
                 flip = self.flip and seed_of("flip", self.seed, epoch, self.rank, worker, number) % 2 == 1
                 try:
                     sample = self.to_sample(open_image(row["image"]), flip)
@@ -144,19 +150,87 @@ class StreamingImages(IterableDataset):
                     "class_labels": row["label"],
                     "id": row.get("id", f"epoch {epoch}, process {self.rank}, worker {worker}, image {number}"),
                     "unreadable": unreadable,
+                    "place": (worker, epoch, number + 1),
                 }
                 unreadable = []
             if unreadable and not read:
                 raise ValueError(f"Not one image of a stream can be read; the first: {unreadable[0]}")
             if not self.endless:
                 return
-            epoch += 1
+            epoch, first = epoch + 1, 0
+
+
+class Batches:
+    """
+    Batches of one process, without end. Use it in a `with` statement, at the end of which its workers stop.
+
+    Args:
+        loader (`DataLoader`): gives the batches.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.batches = iter(loader)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict:
+        return next(self.batches)
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_):
+        # Workers do not heed SIGTERM, by which Python would end them at exit; and where an error is on its way, its
+        # traceback keeps the loader's iterator, which would stop them, alive.
+        if hasattr(self.batches, "_shutdown_workers"):
+            self.batches._shutdown_workers()
+
+
+class StreamBatches(Batches):
+    """
+    [`Batches`] from a stream, which know where they are.
+
+    Args:
+        data ([`StreamingImages`]): the stream.
+        place (`dict`, *optional*): where to go on, the `place` of an earlier instance with as many workers.
+        options: of the `DataLoader`.
+    """
+
+    def __init__(self, data: StreamingImages, place: dict | None = None, **options):
+        self.given = place["given"] if place else 0
+        # of each worker that has a shard: where it was before the last batch that it gave and after it, (epoch, images)
+        self.around = {int(worker): around for worker, around in place["around"].items()} if place else {}
+        # A loader always begins with its first worker. So all begin with the round that the next batch belongs to, and
+        # what this round has given already goes by.
+        active = len(self.around)
+        ahead = self.given if self.given <= active else self.given % active
+        data = copy.copy(data)
+        data.starts = {worker: self.around[worker][i >= ahead] for i, worker in enumerate(sorted(self.around))}
+        super().__init__(DataLoader(data, **options))
+        for _ in range(ahead):
+            next(self.batches)
+
+    @property
+    def place(self) -> dict:
+        """How many batches were given, and where the workers are: numbers and lists that JSON can hold."""
+        return {"given": self.given, "around": {str(worker): around for worker, around in self.around.items()}}
+
+    def __next__(self) -> dict:
+        batch = super().__next__()
+        worker, *after = batch.pop("place")
+        before = self.around.get(worker, [None, [0, 0]])[1]
+        self.around[worker] = [before, after]
+        self.given += 1
+        return batch
 
 
 def collate(rows: list[dict]) -> dict:
-    """Rows to a batch of tensors; the names of unreadable images stay a list."""
-    unreadable = [name for row in rows for name in row.pop("unreadable")]
-    return {**default_collate(rows), "unreadable": unreadable}
+    """Rows to a batch of tensors; the names of unreadable images stay a list, of places in a stream the last counts."""
+    rest = {"unreadable": [name for row in rows for name in row.pop("unreadable")]}
+    if "place" in rows[0]:
+        rest["place"] = [row.pop("place") for row in rows][-1]
+    return {**default_collate(rows), **rest}
 
 
 def _leave_signals_alone(worker: int):
@@ -174,15 +248,17 @@ def batch_loader(
     num_processes: int = 1,
     seed: int = 0,
     first_batch: int = 0,
-) -> Iterator[dict]:
+    place: dict | None = None,
+) -> Batches:
     """
     The batches of one process, without end, from any place on.
 
     Args:
-        data ([`TrainingImages`], [`CachedLatents`] or [`StreamingImages`]): a stream is read up to `first_batch`.
+        data ([`TrainingImages`], [`CachedLatents`] or [`StreamingImages`]): to cut them from.
         batch_size (`int`): images per process.
         num_workers (`int`): processes that read ahead; 0 reads in this one.
-        rank, num_processes, seed, first_batch: as in [`StreamSampler`].
+        rank, num_processes, seed, first_batch: as in [`StreamSampler`]; the last does not apply to streams.
+        place (`dict`, *optional*): where a stream goes on, see [`StreamBatches`].
     """
     options = {"num_workers": num_workers, "collate_fn": collate, "persistent_workers": num_workers > 0}
     options |= {
@@ -191,9 +267,6 @@ def batch_loader(
         "generator": torch.Generator().manual_seed(seed),
     }
     if isinstance(data, IterableDataset):
-        batches = iter(DataLoader(data, batch_size, **options))
-        for _ in range(first_batch):
-            next(batches)
-        return batches
+        return StreamBatches(data, place, batch_size=batch_size, **options)
     sampler = StreamSampler(len(data), batch_size, rank, num_processes, seed, first_batch)
-    return iter(DataLoader(data, batch_sampler=sampler, **options))
+    return Batches(DataLoader(data, batch_sampler=sampler, **options))

@@ -1,8 +1,10 @@
 """What differs between the engines that Accelerate drives: DDP, FSDP2 and DeepSpeed's ZeRO.
 
-All of them do the same here. Weights, their moving average and the optimizer work in float32, and autocast alone decides
-what is computed in half precision, so that one process and many, whole weights and spread ones, agree.
+All of them do the same here. Weights, their moving average and the optimizer work in float32, and autocast alone
+decides what is computed in half precision, so that one process and many, whole weights and spread ones, agree.
 """
+
+import copy
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from .modeling_djepa import DJEPAForPreTraining
+from .modeling_djepa import DJEPAForPreTraining, DJEPAModel
 
 
 def check_engine(accelerator: Accelerator) -> str:
@@ -72,11 +74,6 @@ def prepare_engine(
     return accelerator.prepare(model, optimizer)
 
 
-def is_spread(accelerator: Accelerator) -> bool:
-    """Whether every process holds a part of the weights alone."""
-    return accelerator.distributed_type == DistributedType.FSDP or _is_zero3(accelerator)
-
-
 @torch.no_grad()
 def update_average(accelerator: Accelerator, model: DJEPAForPreTraining, decay: float):
     """[`DJEPAForPreTraining.update_target`], wherever the weights are."""
@@ -86,6 +83,27 @@ def update_average(accelerator: Accelerator, model: DJEPAForPreTraining, decay: 
     for average, online in zip(model.target.parameters(), model.djepa.parameters(), strict=True):
         average.ds_tensor.lerp_(online.ds_tensor, 1 - decay)
     _complete_small_parameters(model.target)
+
+
+def average_as_model(accelerator: Accelerator, model: nn.Module) -> DJEPAModel | None:
+    """
+    The moving average as the model to sample from. All processes must call this; where the weights are spread over
+    them, only the main process gets it.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): of the run.
+        model (`nn.Module`): as [`prepare_engine`] returned it.
+    """
+    training = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if not (accelerator.distributed_type == DistributedType.FSDP or _is_zero3(accelerator)):
+        return training.export("ema")
+    weights = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return None
+    average = DJEPAModel(copy.deepcopy(training.config))
+    average.config.weights = "ema"
+    average.load_state_dict({name: weights[f"target.{name}"] for name in average.state_dict()})
+    return average.to(accelerator.device).eval()
 
 
 def load_state(accelerator: Accelerator, model: DJEPAForPreTraining, folder: str):
