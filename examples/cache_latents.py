@@ -27,7 +27,7 @@ from djepa_hf.arguments import DataArguments, parse_arguments
 from djepa_hf.data import ImageToSample, load_training_data, open_image
 from djepa_hf.json_files import write_json
 from djepa_hf.latent_cache import MANIFEST, cache_features, weight_hash, write_index, write_shard
-from djepa_hf.latents import latent_side, posterior_moments
+from djepa_hf.latents import height_and_width, latent_size, posterior_moments
 from djepa_hf.loading import load_vae
 
 PLAN = "plan.json"  # what an unfinished cache is being made with
@@ -68,17 +68,17 @@ def make_plan(args: DataArguments, shard_size: int, data: datasets.Dataset, vae:
     """What the cache is made with, so that nobody goes on with something else."""
     source = args.dataset_name or str(args.train_data_dir)
     fingerprint = hashlib.sha256(json.dumps([source, len(data), data["label"][:]]).encode()).hexdigest()[:16]
-    side = latent_side(args.resolution, vae)
+    height, width = height_and_width(latent_size(args.image_size, vae))
     return {
         "source": source,
         "fingerprint": fingerprint,
-        "resolution": args.resolution,
+        "resolution": args.image_size if isinstance(args.image_size, int) else list(args.image_size),
         "crop": "centre, as ADM",
         "vae": args.pretrained_vae_model_name_or_path,
         "vae_weights": weight_hash(vae),
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor or 0.0,
-        "shape": [2 * vae.config.latent_channels, side, side],
+        "shape": [2 * vae.config.latent_channels, height, width],
         "dtype": "float16",
         "shard_size": shard_size,
     }
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None):
         raise ValueError("`streaming` data have no fixed order to go on in: download them for a cache.")
     state, folder = PartialState(), Path(args.output_dir)
     vae = load_vae(data_args.pretrained_vae_model_name_or_path).to(state.device)
-    latent_side(data_args.resolution, vae)  # raises before anything is read, if there is none
+    latent_size(data_args.image_size, vae)  # raises before anything is read, if there is none
     data = load_training_data(
         data_args.dataset_name,
         data_args.train_data_dir,
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None):
         write_json(folder / PLAN, plan)
     state.wait_for_everyone()
 
-    images = Images(data, ImageToSample(data_args.resolution, vae.config.in_channels))
+    images = Images(data, ImageToSample(data_args.image_size, vae.config.in_channels))
     features = cache_features(data.features["label"].names, tuple(plan["shape"]))
     starts = range(0, len(data), args.shard_size)
     shards = [f"data-{i:05d}-of-{len(starts):05d}.arrow" for i in range(len(starts))]

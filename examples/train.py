@@ -38,7 +38,7 @@ from djepa_hf.draws import at_noise_level, draw_training
 from djepa_hf.engines import average_as_model, check_engine, load_state, prepare_engine, update_average
 from djepa_hf.interruption import StopSignals
 from djepa_hf.json_files import write_json
-from djepa_hf.latents import decode_samples, latent_side, latents_of_moments, posterior_moments
+from djepa_hf.latents import decode_samples, latent_size, latents_of_moments, posterior_moments
 from djepa_hf.loading import load_for_training, load_vae
 from djepa_hf.model_card import create_model_card
 from djepa_hf.optimization import ema_decay, parameter_groups, set_weight_decay
@@ -145,7 +145,7 @@ def initial_model(args: ModelArguments, data: TrainingData, vae: AutoencoderKL |
     preset, init_from = options.pop("preset", None), options.pop("init_from", None)
     options |= {"sample_size": data.resolution, "num_channels": data.channels, "id2label": dict(enumerate(data.names))}
     if vae is not None:
-        options |= {"sample_size": latent_side(data.resolution, vae), "num_channels": vae.config.latent_channels}
+        options |= {"sample_size": latent_size(data.resolution, vae), "num_channels": vae.config.latent_channels}
         options["latent_scaling_factor"] = vae.config.scaling_factor
     if init_from is None:
         return DJEPAForPreTraining(DJEPAConfig.from_preset(preset or "base", **options))
@@ -217,7 +217,9 @@ def prepare(
         accelerator.print(f"Resuming after step {run.step} from {folder}.")
     output_dir.mkdir(parents=True, exist_ok=True)
     if args.report_to and not args.dry_run:
-        accelerator.init_trackers("djepa", config=asdict(args) | asdict(data_args) | asdict(model_args))
+        config = asdict(args) | asdict(data_args) | asdict(model_args)
+        config["resolution"] = "x".join(map(str, data_args.resolution))  # TensorBoard knows no lists
+        accelerator.init_trackers("djepa", config=config)
     accelerator.print(
         f"{data.source}: {len(data.names)} classes, {run.online.djepa.num_parameters():,} parameters, "
         f"{total_steps:,} steps of {global_batch} images on {accelerator.num_processes} x {accelerator.device.type}."

@@ -164,6 +164,15 @@ def test_crop_is_centred_and_keeps_proportions(size):
     assert np.diff(cropped.mean(0)).mean() == pytest.approx(step, rel=0.2, abs=1)
 
 
+@pytest.mark.parametrize("target", [(20, 10), (8, 16), (40, 64), (50, 60)])
+def test_the_crop_need_not_be_square(target):
+    rows = np.arange(40, dtype=np.uint8)[:, None].repeat(64, 1)
+    sample = ImageToSample(target, 1)(Image.fromarray(rows))
+    assert sample.shape == (1, *target)
+    assert (sample[0].diff(dim=1) == 0).all(), "rows stay rows"
+    assert sample.mean().item() == pytest.approx(19.5 / 127.5 - 1, abs=1 / 127), "the centre stays the centre"
+
+
 def test_exact_size_is_left_alone_and_scaled_to_minus_one_one():
     image = picture(8, 8)
     expected = torch.from_numpy(np.asarray(image).astype(np.float32)).permute(2, 0, 1) / 127.5 - 1

@@ -3,11 +3,15 @@
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import train
+import train_with_trainer
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -15,13 +19,10 @@ from conftest import tiny_pipeline, tiny_pretraining, tiny_vae
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from djepa_hf import DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
-from djepa_hf.batches import TrainingImages, collate
 from djepa_hf.checkpoints import find_checkpoint
 from djepa_hf.conversion import save_official_checkpoint
-from djepa_hf.data import ImageToSample, load_digits
 from djepa_hf.loading import load_for_training
 
 TINY = {
@@ -215,6 +216,37 @@ def test_the_learning_rate_follows_its_schedule(tmp_path, name, expected):
     assert rates == pytest.approx(expected, abs=1e-3)
 
 
+def test_pictures_need_not_be_square(picture_folder, tmp_path, capsys):
+    tiny_vae(4).save_pretrained(tmp_path / "vae")
+    options = {**TINY, "train_data_dir": picture_folder, "max_train_steps": 1, "validation_steps": 1}
+    options |= {
+        "train_batch_size": 4,
+        "pretrained_vae_model_name_or_path": tmp_path / "vae",
+        "report_to": "tensorboard",
+    }
+    argv = [*command_line(tmp_path / "out", **options), "--resolution", "8", "16"]
+    train.main(argv)
+    pipe = DJEPAPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.transformer.config.sample_size == (4, 8)
+    assert pipe("red", num_inference_steps=2, num_denoising_steps=1).images[0].size == (16, 8)
+    with pytest.raises(ValueError, match=r"`resolution` \(8, 15\) must be divisible by the VAE's stride 2"):
+        train.main([*command_line(tmp_path / "bad", **options), "--resolution", "8", "15"])
+    with pytest.raises(ValueError, match=r"must be a side, or a height and a width, got \[8, 8, 8\]"):
+        train.main([*command_line(tmp_path / "bad", **options), "--resolution", "8", "8", "8"])
+
+
+def test_trackio_gets_the_losses(tmp_path, monkeypatch):
+    pytest.importorskip("trackio")
+    options = {**DIGITS, "max_train_steps": 2, "logging_steps": 1, "report_to": "trackio"}
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "ACCELERATE_USE_CPU": "true"}
+    argv = [sys.executable, train.__file__, *command_line(tmp_path / "out", **options)]
+    subprocess.run(argv, env=environment, check=True, capture_output=True, timeout=300)
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    content = database.read_bytes()
+    for name in (b"diffusion_loss", b"gradient_norm", b"learning_rate", b"images_per_second"):
+        assert name in content
+
+
 def test_the_loss_is_split_by_noise_level(digits_run):
     history = torch.load(digits_run / "checkpoint-45" / "custom_checkpoint_0.pkl", weights_only=True)
     assert list(history["noise_levels"]) == [15, 30, 45]
@@ -224,29 +256,19 @@ def test_the_loss_is_split_by_noise_level(digits_run):
 
 
 def test_transformers_trainer_trains_the_model_too(tmp_path):
-    model = tiny_pretraining(num_labels=10, id2label={i: str(i) for i in range(10)})
-    before = model.djepa.predictor.mask_token.clone()
-    digits = TrainingImages(load_digits("train"), ImageToSample(8, 1), flip=False)
-    rows = [digits[0, i] for i in range(64)]
-
-    def collate_rows(rows):
-        batch = collate([dict(row) for row in rows])
-        return {"sample": batch["sample"], "class_labels": batch["class_labels"]}
-
-    class MoveAverage(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
-            model.update_target(0.5)
-
-    options = {"max_steps": 4, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "remove_unused_columns": False}
-    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1, **options)
-    trainer = Trainer(model, args, data_collator=collate_rows, train_dataset=rows, callbacks=[MoveAverage()])
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    options = {"max_steps": 4, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "use_cpu": True}
+    options |= {"save_steps": 4, "logging_steps": 1, "report_to": "none"}
+    train_with_trainer.main(command_line(tmp_path, **options))
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert len(losses) == 4
-    assert not torch.equal(model.djepa.predictor.mask_token, before)
-    assert not torch.equal(model.target.predictor.mask_token, model.djepa.predictor.mask_token)
-    trainer.save_model(tmp_path / "saved")
-    assert DJEPAModel.from_pretrained(tmp_path / "saved").config.weights == "ema"
+    assert losses[-1] < losses[0]
+    model = DJEPAForPreTraining.from_pretrained(tmp_path / "checkpoint-4")
+    pipe = DJEPAPipeline.from_pretrained(tmp_path)
+    average = pipe.transformer.state_dict()["predictor.mask_token"]
+    assert torch.equal(model.target.predictor.mask_token, average)
+    assert not torch.equal(model.djepa.predictor.mask_token, average)
+    assert (pipe.transformer.config.weights, pipe.get_label_ids("7")) == ("ema", [7])
 
 
 @pytest.mark.parametrize("preset", ["base", "large", "huge"])
@@ -258,7 +280,7 @@ def test_the_published_recipe(preset):
     assert (args.learning_rate, args.ema_decay, args.max_grad_norm) == (8e-4, 0.9999, 3.0)
     assert args.num_train_epochs == {"base": 1400, "large": 480, "huge": 320}[preset]
     assert args.lr_warmup_steps == math.ceil(100 * 1_281_167 / 2048)
-    assert (data.resolution, sampling.num_inference_steps) == (256, 64)
+    assert (data.image_size, sampling.num_inference_steps) == (256, 64)
 
 
 def test_a_dry_run_shows_the_plan_and_trains_nothing(tmp_path, capsys):

@@ -62,12 +62,26 @@ class DataArguments:
     train_data_dir: str | None = _option(None, "A folder with one sub-folder of images per class.")
     image_column: str = _option("image", "Column of the images.")
     label_column: str = _option("label", "Column of the classes.")
-    resolution: int = _option(256, "Side of the images, which are resized and centre-cropped to it.")
+    resolution: list[int] = dataclasses.field(
+        default_factory=lambda: [256],
+        metadata={"help": "Side of the images, or height and width: they are resized and centre-cropped to it."},
+    )
     random_flip: bool = _option(True, "Flip half of the images left to right. Off for digits and text.")
     pretrained_vae_model_name_or_path: str | None = _option(
         None, "An `AutoencoderKL` (folder or id, also 'id/subfolder') to train in the latents of; pixels without it."
     )
     dataloader_num_workers: int = _option(0, "Processes that decode images; 0 decodes in the main process.")
+
+    def __post_init__(self):
+        if len(self.resolution) not in (1, 2) or min(self.resolution) < 1:
+            raise ValueError(f"`resolution` must be a side, or a height and a width, got {self.resolution}.")
+        if self.dataloader_num_workers < 0:
+            raise ValueError(f"`dataloader_num_workers` must not be negative, got {self.dataloader_num_workers}.")
+
+    @property
+    def image_size(self) -> int | tuple[int, int]:
+        """The side of square images, or height and width."""
+        return self.resolution[0] if len(set(self.resolution)) == 1 else tuple(self.resolution)
 
 
 @dataclasses.dataclass

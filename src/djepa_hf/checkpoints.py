@@ -32,7 +32,7 @@ def save_checkpoint(
     Writes `output_dir/checkpoint-STEP`: everything that `accelerator.prepare` and `register_for_checkpointing` saw, and
     the state of all random number generators.
 
-    `DJEPAForPreTraining.from_pretrained` reads the folder, too, unless the weights are spread over processes. It gets
+    `DJEPAForPreTraining.from_pretrained` reads the folder, too, unless FSDP or DeepSpeed wrote it. It gets
     its name only once it is complete, on the disk and has a manifest of checksums; then older checkpoints beyond
     `limit` are removed.
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .latents import height_and_width
+
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
 DIGITS = "digits"
 HELD_OUT_DIGITS = 0.25  # of scikit-learn's 1,797; no model of ours trains on them
@@ -154,17 +156,17 @@ def load_training_data(
 @dataclass(frozen=True)
 class ImageToSample:
     """
-    Pictures to float tensors in [-1, 1], `(channels, resolution, resolution)`.
+    Pictures to float tensors in [-1, 1], `(channels, height, width)`.
 
-    Resizes and crops as ADM does (arXiv 2105.05233, `center_crop_arr`): halve with a box filter while the short side is
-    at least twice the target, then bicubic to the target, then crop the centre.
+    Resizes and crops as ADM does (arXiv 2105.05233, `center_crop_arr`): halve with a box filter while the picture is at
+    least twice as large as the target, then bicubic until it just covers the target, then crop the centre.
 
     Args:
-        resolution (`int`): side of the square.
+        resolution (`int` or `tuple[int, int]`): side of the square, or height and width.
         channels (`int`): 1 for greyscale, 3 for colour.
     """
 
-    resolution: int
+    resolution: int | tuple[int, int]
     channels: int
 
     def __call__(self, image: Image.Image, flip: bool = False) -> torch.Tensor:
@@ -174,18 +176,19 @@ class ImageToSample:
         if flip:
             image = ImageOps.mirror(image)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32))
-        return pixels.reshape(self.resolution, self.resolution, self.channels).permute(2, 0, 1) / 127.5 - 1
+        return pixels.reshape(image.height, image.width, self.channels).permute(2, 0, 1) / 127.5 - 1
 
 
-def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The centre square of a picture, `resolution` pixels wide, resized as ADM does (see [`ImageToSample`])."""
-    while min(image.size) >= 2 * resolution:
+def center_crop(image: Image.Image, resolution: int | tuple[int, int]) -> Image.Image:
+    """The centre of a picture in the size of [`ImageToSample`], resized as ADM does."""
+    height, width = height_and_width(resolution)
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(image.size)
+    scale = max(height / image.height, width / image.width)
     if scale != 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def num_image_channels(data: datasets.Dataset | datasets.IterableDataset, most: int = 100) -> int:

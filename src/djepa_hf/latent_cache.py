@@ -52,7 +52,7 @@ class CachedLatents(Dataset):
         """The data that was encoded."""
         return self.manifest["source"]
 
-    def check(self, vae: AutoencoderKL | None, resolution: int):
+    def check(self, vae: AutoencoderKL | None, resolution: int | tuple[int, int]):
         """Raises a `ValueError` that says how the cache differs from what a training run asks for."""
         if vae is None:
             raise ValueError(
@@ -60,7 +60,7 @@ class CachedLatents(Dataset):
                 f"({self.manifest['vae']})."
             )
         wanted = {
-            "resolution": resolution,
+            "resolution": resolution if isinstance(resolution, int) else list(resolution),
             "scaling_factor": vae.config.scaling_factor,
             "shift_factor": vae.config.shift_factor or 0.0,
             "vae_weights": weight_hash(vae),

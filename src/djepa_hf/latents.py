@@ -32,16 +32,22 @@ def vae_stride(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def latent_side(resolution: int, vae: AutoencoderKL) -> int:
+def latent_size(resolution: int | tuple[int, int], vae: AutoencoderKL) -> int | tuple[int, int]:
     """
-    The side of the latents of square images.
+    The size of the latents of images: a side for a side, `(height, width)` for `(height, width)`.
 
     Raises:
         ValueError: if the images cannot be divided so.
     """
-    if resolution % vae_stride(vae):
-        raise ValueError(f"`resolution` {resolution} must be divisible by the VAE's stride {vae_stride(vae)}.")
-    return resolution // vae_stride(vae)
+    stride = vae_stride(vae)
+    if any(side % stride for side in height_and_width(resolution)):
+        raise ValueError(f"`resolution` {resolution} must be divisible by the VAE's stride {stride}.")
+    return resolution // stride if isinstance(resolution, int) else tuple(side // stride for side in resolution)
+
+
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Of an image whose size is given as the side of a square, or as `(height, width)`."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def posterior_moments(images: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:

@@ -20,7 +20,8 @@ class TrainingData:
     Args:
         samples ([`TrainingImages`], [`StreamingImages`] or [`CachedLatents`]): to cut batches from.
         names (`list[str]`): of the classes.
-        resolution, channels (`int`): of the images.
+        resolution (`int` or `tuple[int, int]`): side of the images, or their height and width.
+        channels (`int`): of the images.
         source (`str`): where they come from, for people.
         num_workers (`int`): processes that read ahead.
         is_cached (`bool`): whether samples are moments of latents, and not images.
@@ -28,7 +29,7 @@ class TrainingData:
 
     samples: Dataset | IterableDataset
     names: list[str]
-    resolution: int
+    resolution: int | tuple[int, int]
     channels: int
     source: str
     num_workers: int
@@ -74,11 +75,11 @@ def load_training_samples(
         if args.dataset_name or args.train_data_dir:
             raise ValueError("`latent_cache_dir` takes the place of `dataset_name` and `train_data_dir`: pass one.")
         samples = CachedLatents(args.latent_cache_dir, args.random_flip, seed)
-        samples.check(vae, args.resolution)
+        samples.check(vae, args.image_size)
         data = TrainingData(
             samples,
             samples.names,
-            args.resolution,
+            args.image_size,
             vae.config.in_channels,
             samples.source,
             args.dataloader_num_workers,
@@ -97,13 +98,13 @@ def load_training_samples(
         )
         names = images.features["label"].names
         channels = num_image_channels(images) if vae is None else vae.config.in_channels
-        to_sample = ImageToSample(args.resolution, channels)
+        to_sample = ImageToSample(args.image_size, channels)
         if args.streaming:
             samples = StreamingImages(images, to_sample, args.random_flip, seed, rank, num_processes)
         else:
             samples = TrainingImages(images, to_sample, args.random_flip, seed)
         source = args.dataset_name or Path(args.train_data_dir).name
-        data = TrainingData(samples, names, args.resolution, channels, source, args.dataloader_num_workers)
+        data = TrainingData(samples, names, args.image_size, channels, source, args.dataloader_num_workers)
     if not args.streaming and len(data.samples) < num_processes:
         raise ValueError(f"{data.source} has {len(data.samples)} images, fewer than the {num_processes} processes.")
     return data
