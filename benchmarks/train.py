@@ -16,6 +16,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -24,10 +25,15 @@ from tqdm.auto import tqdm
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining
 from djepa_hf.accounting import training_flops
 from djepa_hf.arguments import parse_arguments
+from djepa_hf.batches import batch_loader
 from djepa_hf.draws import draw_training
+from djepa_hf.latent_cache import VIEWS, CachedLatents, cache_features, write_index, write_shard
+from djepa_hf.latents import latents_of_moments
+from djepa_hf.networks import DenoiserLayer, DJEPALayer
 from djepa_hf.optimization import parameter_groups
 
-PARTS = ("draws", "target encoder", "forward", "backward", "optimizer and EMA")
+PARTS = ("data", "target encoder", "forward", "backward", "optimizer and EMA")
+CACHED_IMAGES = 256
 
 
 @dataclass
@@ -37,6 +43,7 @@ class BenchmarkArguments:
     preset: Literal["base", "large", "huge"] = field(default="base", metadata={"help": "Which model."})
     train_batch_size: int = field(default=4, metadata={"help": "Images per step."})
     rounds: int = field(default=5, metadata={"help": "Steps of each variant, after one that does not count."})
+    compile: bool = field(default=False, metadata={"help": "Whether to compile the blocks of the networks."})
     output_path: str = field(default="benchmarks/results/train.json", metadata={"help": "Where the figures go."})
 
 
@@ -67,23 +74,28 @@ class Steps:
     def __init__(self, args: BenchmarkArguments):
         torch.manual_seed(0)
         self.model = DJEPAForPreTraining(DJEPAConfig.from_preset(args.preset)).to(device()).train()
+        if args.compile:
+            for layer in (layer for layer in self.model.modules() if isinstance(layer, DJEPALayer | DenoiserLayer)):
+                layer.compile(dynamic=True)
         options = {"lr": 8e-4, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.02}
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), fused=True, **options)
-        config = self.model.config
-        shape = (args.train_batch_size, config.num_channels, *config.sample_shape)
-        self.sample = torch.randn(shape, device=device())
-        self.labels = torch.randint(config.num_labels, (args.train_batch_size,), device=device())
+        self.cache = TemporaryDirectory()
+        self.batches = batch_loader(random_cache(Path(self.cache.name), self.model.config), args.train_batch_size)
 
     def step(self, seed: int, half: bool) -> dict[str, float]:
         """Seconds of each part of a step, and its loss. The target encoder's time is part of the forward's, too."""
         model, times, target = self.model, [clock()], []
-        draws = draw_training(model.config, model.token_scheduler, len(self.sample), device(), seed)
+        batch = next(self.batches)
+        labels, moments = batch["class_labels"].to(device()), batch["sample"].to(device()).float()
+        mean, _ = moments.chunk(2, dim=1)
+        sample = latents_of_moments(moments, torch.randn_like(mean), scaling_factor=0.2325)
+        draws = draw_training(model.config, model.token_scheduler, len(sample), device(), seed)
         times.append(clock())
         encoder = model.target.encoder
         hooks = [encoder.register_forward_pre_hook(lambda *_: target.append(-clock()))]
         hooks.append(encoder.register_forward_hook(lambda *_: target.append(clock())))
         with torch.autocast(device().type, torch.bfloat16, enabled=half):
-            output = model(self.sample, self.labels, draws=draws)
+            output = model(sample, labels, draws=draws)
         times.append(clock())
         output.loss.backward()
         times.append(clock())
@@ -97,6 +109,16 @@ class Steps:
         drawn, forward, backward, optimizer = (after - before for before, after in itertools.pairwise(times))
         parts = dict(zip(PARTS, (drawn, sum(target), forward, backward, optimizer), strict=True))
         return {**parts, "step": times[-1] - times[0], "loss": output.loss.item()}
+
+
+def random_cache(folder: Path, config: DJEPAConfig) -> CachedLatents:
+    """Cached latents as examples/cache_latents.py writes them, of noise."""
+    shape = (2 * config.num_channels, *config.sample_shape)
+    features = cache_features([str(i) for i in range(config.num_labels)], shape)
+    labels = torch.randint(config.num_labels, (CACHED_IMAGES,)).tolist()
+    write_shard(folder / "0.arrow", 0.5 * torch.randn(CACHED_IMAGES, VIEWS, *shape), labels, features)
+    write_index(folder, ["0.arrow"], features, {"fingerprint": "noise", "count": CACHED_IMAGES, "shape": shape})
+    return CachedLatents(folder)
 
 
 def main(argv: list[str] | None = None):
@@ -128,6 +150,7 @@ def main(argv: list[str] | None = None):
         }
     report = {
         "preset": args.preset,
+        "compiled": args.compile,
         "train_batch_size": args.train_batch_size,
         "draws_per_token": steps.model.config.diffusion_batch_mul,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),

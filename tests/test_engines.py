@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from test_training import DIGITS, command_line, run
 
-from djepa_hf import DJEPAPipeline
+from djepa_hf import DJEPAForPreTraining, DJEPAPipeline
 from djepa_hf.engines import check_engine
 
 HERE = Path(__file__).parent
@@ -101,6 +101,14 @@ def test_weights_spread_over_two_processes_do_so_too_and_resume(one_process, tmp
     output = on_two_processes(tmp_path / "resumed", FSDP2, **resume)
     assert "Resuming after step 3" in output
     assert_same_result(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_compiled_blocks_do_so_too(one_process, tmp_path, monkeypatch):
+    for name, value in {"BACKEND": "inductor", "USE_DYNAMIC": "true", "USE_REGIONAL_COMPILATION": "true"}.items():
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
+    run(tmp_path, **{**OPTIONS, "train_batch_size": 8}, checkpointing_steps=6)
+    assert_same_result(tmp_path, one_process)
+    DJEPAForPreTraining.from_pretrained(tmp_path / "checkpoint-6")
 
 
 def test_half_precision_is_the_same_with_spread_weights(tmp_path):
