@@ -15,7 +15,10 @@ from transformers import HfArgumentParser
 from .configuration_djepa import DJEPAConfig
 
 
-def _option(default: Any, help: str) -> Any:
+def option(default: Any, help: str) -> Any:
+    """A field of a dataclass of options, with its default and what `--help` says of it."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -29,16 +32,16 @@ def _model_fields() -> list[tuple[str, Any, Any]]:
             members = typing.get_args(annotation)
             annotation = float if float in members else members[0]
         help = f"`DJEPAConfig.{name}`; what the preset says if not given."
-        fields.append((name, annotation | None if isinstance(annotation, type) else annotation, _option(None, help)))
+        fields.append((name, annotation | None if isinstance(annotation, type) else annotation, option(None, help)))
     return fields
 
 
 @dataclasses.dataclass
 class PresetArguments:
-    init_from: str | None = _option(
+    init_from: str | None = option(
         None, "Train on from these weights: a pipeline or checkpoint of ours, or an official .pth file."
     )
-    preset: Literal["base", "large", "huge"] = _option(
+    preset: Literal["base", "large", "huge"] = option(
         None, "Sizes to start from, base if not given; single ones can be overridden."
     )
 
@@ -51,26 +54,25 @@ ModelArguments.__doc__ = "Sizes of the model."
 class DataArguments:
     """What to train on."""
 
-    dataset_name: str | None = _option(
+    dataset_name: str | None = option(
         None, "'digits', a data set of the Hub, a folder that `datasets` can load, or a format with `data_files`."
     )
-    dataset_config_name: str | None = _option(None, "A configuration of the data set.")
-    data_files: str | None = _option(None, "Files of a format such as parquet or webdataset; a pattern does.")
-    streaming: bool = _option(False, "Read the data set while training, without downloading it first.")
-    num_classes: int | None = _option(None, "For streamed data whose classes are mere numbers.")
-    latent_cache_dir: str | None = _option(None, "Latents from examples/cache_latents.py, instead of images.")
-    train_data_dir: str | None = _option(None, "A folder with one sub-folder of images per class.")
-    image_column: str = _option("image", "Column of the images.")
-    label_column: str = _option("label", "Column of the classes.")
-    resolution: list[int] = dataclasses.field(
-        default_factory=lambda: [256],
-        metadata={"help": "Side of the images, or height and width: they are resized and centre-cropped to it."},
+    dataset_config_name: str | None = option(None, "A configuration of the data set.")
+    data_files: str | None = option(None, "Files of a format such as parquet or webdataset; a pattern does.")
+    streaming: bool = option(False, "Read the data set while training, without downloading it first.")
+    num_classes: int | None = option(None, "For streamed data whose classes are mere numbers.")
+    latent_cache_dir: str | None = option(None, "Latents from examples/cache_latents.py, instead of images.")
+    train_data_dir: str | None = option(None, "A folder with one sub-folder of images per class.")
+    image_column: str = option("image", "Column of the images.")
+    label_column: str = option("label", "Column of the classes.")
+    resolution: list[int] = option(
+        [256], "Side of the images, or height and width: they are resized and centre-cropped to it."
     )
-    random_flip: bool = _option(True, "Flip half of the images left to right. Off for digits and text.")
-    pretrained_vae_model_name_or_path: str | None = _option(
+    random_flip: bool = option(True, "Flip half of the images left to right. Off for digits and text.")
+    pretrained_vae_model_name_or_path: str | None = option(
         None, "An `AutoencoderKL` (folder or id, also 'id/subfolder') to train in the latents of; pixels without it."
     )
-    dataloader_num_workers: int = _option(0, "Processes that decode images; 0 decodes in the main process.")
+    dataloader_num_workers: int = option(0, "Processes that decode images; 0 decodes in the main process.")
 
     def __post_init__(self):
         if len(self.resolution) not in (1, 2) or min(self.resolution) < 1:
@@ -88,36 +90,36 @@ class DataArguments:
 class TrainingArguments:
     """How to train. Defaults are the published recipe where it does not depend on the data."""
 
-    output_dir: str = _option("outputs/djepa", "Where the pipeline, checkpoints, previews and plots go.")
-    seed: int = _option(0, "Seed of everything random.")
-    train_batch_size: int = _option(64, "Samples per process and forward.")
-    gradient_accumulation_steps: int = _option(1, "Forwards per optimizer step.")
-    num_train_epochs: int = _option(1, "Passes over the data, unless `max_train_steps` says otherwise.")
-    max_train_steps: int | None = _option(None, "Optimizer steps; overrides `num_train_epochs`.")
-    learning_rate: float = _option(1e-4, "Peak learning rate. The recipe: 1e-4 per 256 samples of the global batch.")
-    lr_scheduler: str = _option("constant_with_warmup", "Any schedule of `diffusers.optimization.get_scheduler`.")
-    lr_warmup_steps: int = _option(100, "Optimizer steps until the peak learning rate.")
-    adam_beta1: float = _option(0.9, "AdamW's first beta.")
-    adam_beta2: float = _option(0.95, "AdamW's second beta.")
-    adam_epsilon: float = _option(1e-6, "AdamW's epsilon.")
-    adam_weight_decay: float = _option(0.02, "Weight decay at the end of training; it rises to it from 0.")
-    max_grad_norm: float = _option(3.0, "Gradients are clipped to this norm.")
-    ema_decay: float = _option(0.9999, "Decay of the moving average that is published.")
-    ema_warmup: bool = _option(True, "Begin with a smaller decay, so that short runs forget their random start.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _option(None, "As in the accelerate configuration if not given.")
-    timestep_spacing: Literal["linspace", "leading"] = _option(
+    output_dir: str = option("outputs/djepa", "Where the pipeline, checkpoints, previews and plots go.")
+    seed: int = option(0, "Seed of everything random.")
+    train_batch_size: int = option(64, "Samples per process and forward.")
+    gradient_accumulation_steps: int = option(1, "Forwards per optimizer step.")
+    num_train_epochs: int = option(1, "Passes over the data, unless `max_train_steps` says otherwise.")
+    max_train_steps: int | None = option(None, "Optimizer steps; overrides `num_train_epochs`.")
+    learning_rate: float = option(1e-4, "Peak learning rate. The recipe: 1e-4 per 256 samples of the global batch.")
+    lr_scheduler: str = option("constant_with_warmup", "Any schedule of `diffusers.optimization.get_scheduler`.")
+    lr_warmup_steps: int = option(100, "Optimizer steps until the peak learning rate.")
+    adam_beta1: float = option(0.9, "AdamW's first beta.")
+    adam_beta2: float = option(0.95, "AdamW's second beta.")
+    adam_epsilon: float = option(1e-6, "AdamW's epsilon.")
+    adam_weight_decay: float = option(0.02, "Weight decay at the end of training; it rises to it from 0.")
+    max_grad_norm: float = option(3.0, "Gradients are clipped to this norm.")
+    ema_decay: float = option(0.9999, "Decay of the moving average that is published.")
+    ema_warmup: bool = option(True, "Begin with a smaller decay, so that short runs forget their random start.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option(None, "As in the accelerate configuration if not given.")
+    timestep_spacing: Literal["linspace", "leading"] = option(
         "linspace", "`DDPMTokenScheduler.timestep_spacing` of the result, for the diffusion objective."
     )
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
-    max_skipped_steps: int = _option(10, "Stop after so many steps in a row whose losses were not finite.")
-    max_unreadable_images: int = _option(100, "Stop once a process met more images than this that cannot be read.")
-    dry_run: bool = _option(False, "Show what would be done, with the first batch as a picture, and stop.")
-    checkpointing_steps: int | None = _option(None, "Save a checkpoint every so many steps; none if not given.")
-    checkpoints_total_limit: int | None = _option(None, "Keep only so many checkpoints, the newest.")
-    resume_from_checkpoint: str | None = _option(None, "A checkpoint folder of this run, or 'latest'.")
-    report_to: str | None = _option(None, "A tracker that Accelerate knows: tensorboard, trackio, wandb, ...")
-    logging_steps: int = _option(10, "Log losses to the tracker every so many steps.")
-    validation_steps: int | None = _option(None, "Write a preview grid every so many steps; none if not given.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    max_skipped_steps: int = option(10, "Stop after so many steps in a row whose losses were not finite.")
+    max_unreadable_images: int = option(100, "Stop once a process met more images than this that cannot be read.")
+    dry_run: bool = option(False, "Show what would be done, with the first batch as a picture, and stop.")
+    checkpointing_steps: int | None = option(None, "Save a checkpoint every so many steps; none if not given.")
+    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the newest.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint folder of this run, or 'latest'.")
+    report_to: str | None = option(None, "A tracker that Accelerate knows: tensorboard, trackio, wandb, ...")
+    logging_steps: int = option(10, "Log losses to the tracker every so many steps.")
+    validation_steps: int | None = option(None, "Write a preview grid every so many steps; none if not given.")
 
     def __post_init__(self):
         at_least_one = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps")
@@ -137,11 +139,11 @@ class TrainingArguments:
 class SamplingArguments:
     """How to sample, in previews and scripts."""
 
-    num_inference_steps: int | None = _option(None, "Autoregressive steps; 64, or as many as there are tokens.")
-    num_denoising_steps: int = _option(50, "Denoising steps per token.")
-    guidance_scale: float = _option(3.0, "Classifier-free guidance; 1 does without.")
-    guidance_schedule: Literal["linear", "constant"] = _option("linear", "How guidance grows as tokens appear.")
-    temperature: float = _option(0.98, "Below 1: less variety, fewer mistakes.")
+    num_inference_steps: int | None = option(None, "Autoregressive steps; 64, or as many as there are tokens.")
+    num_denoising_steps: int = option(50, "Denoising steps per token.")
+    guidance_scale: float = option(3.0, "Classifier-free guidance; 1 does without.")
+    guidance_schedule: Literal["linear", "constant"] = option("linear", "How guidance grows as tokens appear.")
+    temperature: float = option(0.98, "Below 1: less variety, fewer mistakes.")
 
     def call_options(self, num_tokens: int) -> dict[str, Any]:
         """Keyword arguments of `DJEPAPipeline.__call__` for a model of `num_tokens` tokens."""

@@ -95,20 +95,21 @@ def load_training_data(
     data_files: str | list[str] | None = None,
     streaming: bool = False,
     num_classes: int | None = None,
+    split: str = "train",
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     The data set to train on, with the columns `image` and `label` (a `ClassLabel`), whatever they were called.
 
     Args:
         dataset_name (`str`, *optional*): `"digits"`; a data set of the Hub (or a local folder that `datasets` can
-            load), of which the training split is taken; or a format that `datasets` reads, such as `"parquet"` or
-            `"webdataset"`, with `data_files`.
+            load); or a format that `datasets` reads, such as `"parquet"` or `"webdataset"`, with `data_files`.
         train_data_dir (`str`, *optional*): a folder of images instead, see [`load_image_folder`].
         image_column, label_column (`str`): where the images and classes of a Hub data set are.
         dataset_config_name (`str`, *optional*): a configuration of the data set.
         data_files (`str` or list of them, *optional*): the files of a format; patterns such as `shards/*.tar` do.
         streaming (`bool`, defaults to `False`): whether to read the data while training, without downloading all.
         num_classes (`int`, *optional*): for streamed data whose classes are mere numbers.
+        split (`str`, defaults to `"train"`): of a data set.
 
     Raises:
         ValueError: if not exactly one source is given, a column does not exist, or holds no images or classes.
@@ -120,9 +121,9 @@ def load_training_data(
     if train_data_dir is not None or dataset_name == DIGITS:
         if streaming:
             raise ValueError(f"`streaming` is for data sets of the Hub and files, not for {dataset_name or 'folders'}.")
-        return load_digits("train") if train_data_dir is None else load_image_folder(train_data_dir)
+        return load_digits(split) if train_data_dir is None else load_image_folder(train_data_dir)
     data = datasets.load_dataset(
-        dataset_name, dataset_config_name, data_files=data_files, split="train", streaming=streaming
+        dataset_name, dataset_config_name, data_files=data_files, split=split, streaming=streaming
     )
     if data.features is None:
         data = data._resolve_features()

@@ -1,10 +1,41 @@
 """Token schedulers: noise path, training loss and sampler step of each objective, apart from any network."""
 
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+
 from .scheduling_ddpm_token import DDPMTokenScheduler
 from .scheduling_flow_match_token import FlowMatchTokenScheduler
 from .scheduling_utils import TokenSchedulerOutput
 
 TOKEN_SCHEDULERS = {"diffusion": DDPMTokenScheduler, "flow_matching": FlowMatchTokenScheduler}
+
+SOLVERS = {
+    "diffusion": {
+        "ddpm": DDPMTokenScheduler,
+        "ddim": DDIMScheduler,
+        "dpmsolver++": DPMSolverMultistepScheduler,
+        "unipc": UniPCMultistepScheduler,
+    },
+    "flow_matching": {"euler": FlowMatchTokenScheduler},
+}
+
+
+def solver_for(objective: str, name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+    """
+    A scheduler that samples in another way, with the noise path and timesteps of the one given.
+
+    Args:
+        objective (`str`): of the model.
+        name (`str`): one of `SOLVERS[objective]`.
+        scheduler (`SchedulerMixin`): of the model's pipeline.
+
+    Raises:
+        ValueError: if the objective has no such solver.
+    """
+    if name not in SOLVERS[objective]:
+        raise ValueError(
+            f"The solvers for the objective {objective!r} are {', '.join(SOLVERS[objective])}, got {name!r}."
+        )
+    return SOLVERS[objective][name].from_config(scheduler.config)
 
 
 def token_scheduler_for(objective: str, **options) -> DDPMTokenScheduler | FlowMatchTokenScheduler:
@@ -13,9 +44,11 @@ def token_scheduler_for(objective: str, **options) -> DDPMTokenScheduler | FlowM
 
 
 __all__ = [
+    "SOLVERS",
     "TOKEN_SCHEDULERS",
     "DDPMTokenScheduler",
     "FlowMatchTokenScheduler",
     "TokenSchedulerOutput",
+    "solver_for",
     "token_scheduler_for",
 ]

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""How good a pipeline's images are: FID, KID, Inception Score, precision and recall, with the protocol beside them.
+
+    accelerate launch examples/evaluate_pipeline.py --pipeline org/djepa-h --reference VIRTUAL_imagenet256_labeled.npz
+    python examples/evaluate_pipeline.py --pipeline outputs/digits --config outputs/digits/sampling.yaml \\
+        --reference digits --extractor classifier --classifier_data digits --num_images 1000
+
+All processes generate; image `i` depends on the seed and on `i` alone. A run that was killed goes on when it is started
+again. `result.json` holds all figures and all that they depend on, `result.md` is a table, `samples.png` shows some images.
+A pipeline folder with a model card gets the figures into its metadata.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+from torch import nn
+
+from djepa_hf import DJEPAPipeline
+from djepa_hf.arguments import SamplingArguments, option, parse_arguments
+from djepa_hf.evaluation.arguments import EvaluationArguments, start
+from djepa_hf.evaluation.extractors import CLASSIFIER
+from djepa_hf.evaluation.generation import label_of
+from djepa_hf.evaluation.protocol import RESULT, Protocol, measure
+from djepa_hf.evaluation.real_images import Reference, extract, save_npz
+from djepa_hf.evaluation.report import eval_results, figures, markdown_table
+from djepa_hf.evaluation.scores import class_agreement
+from djepa_hf.json_files import write_json
+from djepa_hf.metrics import load_metric
+from djepa_hf.model_card import add_results
+from djepa_hf.visualization import labelled_grid
+
+SHOWN_CLASSES, SHOWN_IMAGES = 10, 10
+
+
+@dataclass
+class OutputArguments:
+    """How to draw, and what to keep."""
+
+    labels: Literal["balanced", "random"] = option("balanced", "Classes in turn, or drawn.")
+    solver: str | None = option(None, "Another one than the pipeline's: ddpm, ddim, dpmsolver++, unipc; euler.")
+    kernel_subset_size: int | None = option(None, "Images per subset of the kernel distance; 1000 or all.")
+    save_images: Literal["no", "png", "npz"] = option("no", "Keep all pictures, or write ADM's sample file, too.")
+
+
+def show_samples(folder: Path, pipe: DJEPAPipeline, protocol: Protocol):
+    """A grid of the first images of the first classes."""
+    config, rows = pipe.transformer.config, {}
+    for path in sorted((folder / "images").glob("*.png"))[: SHOWN_CLASSES * SHOWN_IMAGES]:
+        i = label_of(int(path.stem), config.num_labels, protocol.labels, protocol.seed)
+        rows.setdefault(i, []).append(Image.open(path))
+    labelled_grid([(config.id2label[i].split(",")[0], rows[i][:SHOWN_IMAGES]) for i in sorted(rows)]).save(
+        folder / "samples.png"
+    )
+
+
+def compare_with_real(
+    args: EvaluationArguments, pipe: DJEPAPipeline, extractor: nn.Module, reference: Reference
+) -> dict:
+    """
+    What the classifier makes of real images: how many held-out ones it reads right, and how far those that it was
+    trained on are from them. Generated images need not be closer than that.
+    """
+    images, _ = args.classifier_images(pipe)
+    features, _, _ = extract([(images, None)], extractor, pipe.device, "training images")
+    against = reference.statistics or reference.features.numpy()
+    distance = load_metric("frechet_distance").compute(predictions=features.numpy(), reference=against)
+    found = {"frechet_distance_of_real_training_images": distance["frechet_distance"]}
+    if reference.labels is not None:
+        accuracy = class_agreement(reference.logits, reference.labels, extractor)
+        found["classifier_accuracy_on_real_images"] = accuracy
+    return found
+
+
+def main(argv: list[str] | None = None):
+    args, output, sampling = parse_arguments(
+        EvaluationArguments, OutputArguments, SamplingArguments, argv=argv, description=__doc__
+    )
+    state, device = start()
+    pipe, folder = args.load_pipeline(device), args.folder
+    extractor = args.load_extractor(pipe)
+    reference = args.load_reference(pipe, extractor)
+    options = sampling.call_options(pipe.transformer.config.num_tokens)
+    drawn = (output.labels, args.seed, args.batch_size, output.solver, output.kernel_subset_size)
+    protocol = Protocol(args.num_images, options, *drawn)
+    keep = output.save_images != "no"
+    result = measure(pipe, args.pipeline, folder, protocol, extractor, reference, keep, state)
+    if result is None:
+        return
+    show_samples(folder, pipe, protocol)
+    if output.save_images == "npz":
+        save_npz(folder / "images", args.num_images, folder / "samples.npz")
+    if args.extractor == CLASSIFIER and "real_images" not in result:
+        result["real_images"] = compare_with_real(args, pipe, extractor, reference)
+        write_json(folder / RESULT, result)
+    (folder / "result.md").write_text(markdown_table([result]))
+    add_results(Path(args.pipeline), eval_results(result))
+    for name, value in figures(result).items():
+        print(f"{name}: {value}")
+    for name, value in result.get("real_images", {}).items():
+        print(f"{name.replace('_', ' ')}: {value:.4g}")
+    print(
+        f"{args.num_images} images, {result['environment']['images_per_second']} per second. Look at {folder}/samples.png;"
+    )
+    print(f"{folder / RESULT} holds the figures and everything that they depend on.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Results for people and for the Hub: a table, a line for each figure, and the metadata of a model card."""
+
+from huggingface_hub import EvalResult
+
+from ..model_card import TASK
+
+# name in the result -> (how the Hub calls it, with features of Inception; how people do; digits)
+_FIGURES = {
+    "frechet_distance": ("fid", "FID", 3),
+    "kernel_distance": ("kid", "KID", 5),
+    "inception_score": ("inception_score", "Inception Score", 2),
+    "precision": ("precision", "Precision", 4),
+    "recall": ("recall", "Recall", 4),
+    "class_agreement": ("accuracy", "Class agreement", 4),
+}
+_PLAIN_NAMES = {"frechet_distance": "Fréchet distance", "kernel_distance": "Kernel distance"}
+
+
+def figures(result: dict) -> dict[str, float]:
+    """The figures of a result under the names that people know, rounded."""
+    return {
+        _name(name, result): round(result["metrics"][name], digits)
+        for name, (_, _, digits) in _FIGURES.items()
+        if name in result["metrics"]
+    }
+
+
+def markdown_table(results: list[dict]) -> str:
+    """Results as a Markdown table, a row each, with the settings that set them apart."""
+    columns = list(dict.fromkeys(name for result in results for name in figures(result)))
+    settings = ("guidance_scale", "guidance_schedule", "temperature", "num_inference_steps", "num_denoising_steps")
+    header = ["weights", "solver", *settings, "images", *columns, "images/s"]
+    rows = [header, ["---"] * len(header)]
+    for result in results:
+        protocol, found = result["protocol"], figures(result)
+        row = [
+            protocol["weights"] or "?",
+            protocol["solver"],
+            *(protocol["sampling"].get(name, "") for name in settings),
+        ]
+        row += [protocol["num_images"], *(found.get(name, "") for name in columns)]
+        rows.append([*row, result["environment"]["images_per_second"]])
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "\n"
+
+
+def eval_results(result: dict) -> list[EvalResult]:
+    """The figures as metadata of a model card, each with its protocol."""
+    protocol = result["protocol"]
+    reference = protocol["reference"]
+    about = {**TASK, "dataset_type": reference["source"], "dataset_name": reference["source"]}
+    if reference.get("split"):
+        about |= {"dataset_split": reference["split"]}
+    settings = {**protocol["sampling"], "solver": protocol["solver"], "num_images": protocol["num_images"]}
+    settings |= {"labels": protocol["labels"], "seed": protocol["seed"], "extractor": protocol["extractor"]}
+    return [
+        EvalResult(
+            **about,
+            metric_type=hub_name if _is_inception(result) or name not in _PLAIN_NAMES else name,
+            metric_name=_name(name, result),
+            metric_value=round(result["metrics"][name], digits),
+            metric_args=settings,
+        )
+        for name, (hub_name, _, digits) in _FIGURES.items()
+        if name in result["metrics"]
+    ]
+
+
+def _name(name: str, result: dict) -> str:
+    return _FIGURES[name][1] if _is_inception(result) else _PLAIN_NAMES.get(name, _FIGURES[name][1])
+
+
+def _is_inception(result: dict) -> bool:
+    return result["protocol"]["extractor"].startswith("inception ")
