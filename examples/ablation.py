@@ -4,10 +4,11 @@
     python examples/ablation.py --config examples/configs/digits.yaml --timestep_spacing leading \\
         --reference digits --classifier_data digits --output_dir outputs/ablation_digits
 
-Options are those of train.py, which does the training, and a few more. Equal budgets: with a weight of 0 there is neither
-a prediction head nor a target forward, and everything else, data and draws included, is the same. A few times over training
-the moving average is sampled from and measured, and its context encoder's features of real images, mean-pooled over
-all tokens and without a class, go through a linear probe and a nearest-neighbour classifier. A run that was killed goes on.
+Options are those of train.py, which does the training, and a few more. Budgets are equal: with a weight of 0 there is
+neither a prediction head nor a target forward, and everything else, data and draws included, is the same. A few times
+over training the moving average is sampled from and measured, and its context encoder's features of real images,
+mean-pooled over all tokens and without a class, go through a linear probe and a nearest-neighbour classifier. A run that
+was killed goes on.
 
 Writes `ablation.json`, `ablation.md` and `ablation.png`.
 """
@@ -190,12 +191,12 @@ def plot(runs: list[dict], path: Path, title: str):
 def main(argv: list[str] | None = None):
     kinds = (ModelArguments, DataArguments, TrainingArguments, SamplingArguments, AblationArguments)
     *training, sampling, args = parse_arguments(*kinds, argv=argv, description=__doc__)
-    model_args, data_args, train_args = training
+    _, data_args, train_args = training
     if args.reference is None or args.classifier_data is None:
         raise ValueError("`reference` and `classifier_data` say what to measure with: pass both.")
     if data_args.pretrained_vae_model_name_or_path is not None:
         raise ValueError("The ablation compares models of pixels: leave `pretrained_vae_model_name_or_path` out.")
-    steps, every = train_args.max_train_steps, 0
+    steps = train_args.max_train_steps
     if steps is None or steps % args.evaluations:
         raise ValueError(f"`max_train_steps` must be a multiple of `evaluations` ({args.evaluations}), got {steps}.")
     every, output_dir = steps // args.evaluations, Path(train_args.output_dir)

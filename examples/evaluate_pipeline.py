@@ -6,8 +6,8 @@
         --reference digits --extractor classifier --classifier_data digits --num_images 1000
 
 All processes generate; image `i` depends on the seed and on `i` alone. A run that was killed goes on when it is started
-again. `result.json` holds all figures and all that they depend on, `result.md` is a table, `samples.png` shows some images.
-A pipeline folder with a model card gets the figures into its metadata.
+again. `result.json` holds all figures and all that they depend on, `result.md` is a table, `samples.png` shows some
+images. A pipeline folder with a model card gets the figures into its metadata.
 """
 
 from dataclasses import dataclass
@@ -100,10 +100,9 @@ def main(argv: list[str] | None = None):
         print(f"{name}: {value}")
     for name, value in result.get("real_images", {}).items():
         print(f"{name.replace('_', ' ')}: {value:.4g}")
-    print(
-        f"{args.num_images} images, {result['environment']['images_per_second']} per second. Look at {folder}/samples.png;"
-    )
-    print(f"{folder / RESULT} holds the figures and everything that they depend on.")
+    rate = result["environment"]["images_per_second"]
+    print(f"{args.num_images} images, {rate} per second: look at {folder / 'samples.png'}. {folder / RESULT} holds the")
+    print("figures and everything that they depend on.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Small colour pictures of sixteen classes without a network: patches of the photographs that scikit-image brings along.
+"""Small colour pictures of sixteen classes, no network needed: patches of the photographs that come with scikit-image.
 
     python examples/make_photo_patches.py --output_dir outputs/photo_patches
 

@@ -29,13 +29,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAModel, DJEPAPipeline
-from djepa_hf.accounting import cost_of_training
+from djepa_hf.accounting import cost_of_training, num_parameters
 from djepa_hf.arguments import DataArguments, ModelArguments, SamplingArguments, TrainingArguments, parse_arguments
 from djepa_hf.batches import Batches, batch_loader
 from djepa_hf.checkpoints import check_same_model, find_checkpoint, save_checkpoint, set_aside_later
 from djepa_hf.configuration_djepa import PRESETS
 from djepa_hf.draws import at_noise_level, draw_training
-from djepa_hf.engines import average_as_model, check_engine, load_state, prepare_engine, update_average
+from djepa_hf.engines import average_as_model, load_state, prepare_engine, start_engine, update_average
 from djepa_hf.interruption import StopSignals
 from djepa_hf.json_files import write_json
 from djepa_hf.latents import decode_samples, latent_size, latents_of_moments, posterior_moments
@@ -163,7 +163,7 @@ def prepare(
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "logs"),
     )
-    mixed_precision = check_engine(accelerator)
+    mixed_precision = start_engine(accelerator, args.gradient_accumulation_steps)
     resume = args.resume_from_checkpoint
     resume = find_checkpoint(accelerator, output_dir, resume) if resume else None
     if resume is None and any(output_dir.glob("checkpoint-*")):
@@ -202,6 +202,7 @@ def prepare(
     settings |= {"images per step": global_batch, "data": data.source}
     if data.is_stream:
         settings["processes x workers"] = f"{accelerator.num_processes} x {data.num_workers}"
+        settings["images per process and batch"] = args.train_batch_size
     history, signals = History(model_args.init_from, settings), StopSignals()
     state = (lr_scheduler, vae, total_steps, history, signals, mixed_precision)
     run = Run(args, sampling, accelerator, model, data, optimizer, *state)
@@ -221,7 +222,7 @@ def prepare(
         config["resolution"] = "x".join(map(str, data_args.resolution))  # TensorBoard knows no lists
         accelerator.init_trackers("djepa", config=config)
     accelerator.print(
-        f"{data.source}: {len(data.names)} classes, {run.online.djepa.num_parameters():,} parameters, "
+        f"{data.source}: {len(data.names)} classes, {num_parameters(run.online.djepa):,} parameters, "
         f"{total_steps:,} steps of {global_batch} images on {accelerator.num_processes} x {accelerator.device.type}."
     )
     return run
@@ -360,6 +361,8 @@ def train(run: Run) -> bool:
         `bool`: whether training is over, and was not stopped by a signal.
     """
     args, accelerator, first_step, stop = run.args, run.accelerator, run.step, False
+    if run.step >= run.total_steps:
+        return True
     progress = tqdm(total=run.total_steps, initial=run.step, desc="training", disable=not accelerator.is_main_process)
     started = time.perf_counter()
     run.model.train()

@@ -4,7 +4,8 @@
     python examples/train_with_trainer.py --output_dir outputs/trainer --max_steps 500
 
 [`DJEPAForPreTraining`] returns a loss like any other model. Two things are to know: the moving average is moved by a
-callback after every step, and what is published is made from it. The options are those of `TrainingArguments`.
+callback after every step, and what is published is made from it. The options are those of `TrainingArguments`; the
+optimizer is AdamW as in the published recipe.
 """
 
 import torch
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None):
     model = DJEPAForPreTraining(config)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.02)
     trainer = Trainer(model, args, train_dataset=digits, callbacks=[MoveAverage(0.995)], optimizers=(optimizer, None))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         DJEPAPipeline(model.export("ema"), FlowMatchTokenScheduler()).save_pretrained(args.output_dir)
 

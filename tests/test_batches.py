@@ -2,6 +2,8 @@
 
 import io
 import json
+import multiprocessing
+import time
 from collections import Counter
 
 import datasets
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from djepa_hf.batches import StreamingImages, StreamSampler, TrainingImages, batch_loader
 from djepa_hf.data import ImageToSample, load_training_data
@@ -155,6 +158,35 @@ def test_a_stream_goes_on_and_can_be_joined_later(shards, num_shards, workers):
         ids = [i for batch, _ in first(batches(), 18) for i in batch]
         assert sorted(ids[:36]) == sorted(ids[36:])
         assert ids[:36] != ids[36:]
+
+
+def test_workers_stop_when_catching_up_fails_or_they_are_busy(shards, monkeypatch):
+    class Stuck(ImageToSample):
+        def __call__(self, image, flip=False):
+            if get_worker_info().id == 1:
+                time.sleep(600)
+            return super().__call__(image, flip)
+
+    data = datasets.load_dataset("parquet", data_files=shards, split="train", streaming=True)
+    with batch_loader(StreamingImages(data, Stuck(8, 1), True), 2, 2) as batches:
+        next(batches)
+        workers = batches.batches._workers
+    assert not any(worker.is_alive() or worker.exitcode is None for worker in join(workers))
+
+    class Unreadable(ImageToSample):
+        def __call__(self, image, flip=False):
+            raise OSError("no")
+
+    place = {"given": 1, "around": {"0": [[0, 0], [0, 2]]}}
+    with pytest.raises(ValueError, match="Not one image of a stream can be read"):
+        batch_loader(StreamingImages(data, Unreadable(8, 1), True), 2, 2, place=place)
+    assert not any(worker.is_alive() for worker in join(multiprocessing.active_children()))
+
+
+def join(workers):
+    for worker in workers:
+        worker.join(10)
+    return workers
 
 
 def test_a_stream_is_joined_at_the_end_of_its_epoch(shards):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_training import DIGITS, command_line, run
 
 from djepa_hf import DJEPAForPreTraining, DJEPAPipeline
-from djepa_hf.engines import check_engine
+from djepa_hf.engines import start_engine
 
 HERE = Path(__file__).parent
 CONFIGS = sorted((HERE.parent / "examples" / "accelerate").glob("*.yaml"))
@@ -152,15 +152,39 @@ def load_piece(checkpoint):
         ("distributed_type", DistributedType.MEGATRON_LM, "Megatron-LM is not supported"),
         ("distributed_type", DistributedType.FSDP, "set `fsdp_version: 2`"),
         ("parallelism_config", ParallelismConfig(tp_size=2), "Tensor, context and sequence parallelism"),
+        ("gradient_accumulation_steps", 4, "accumulates 4 batches per step, this run 1"),
     ],
 )
 def test_engines_that_would_train_something_else_are_refused(name, config, message):
     accelerator = SimpleNamespace(
         distributed_type=DistributedType.NO, mixed_precision="no", is_fsdp2=False, parallelism_config=None
     )
+    accelerator.gradient_accumulation_steps = 1
     setattr(accelerator, name, config)
     with pytest.raises(ValueError, match=message):
-        check_engine(accelerator)
+        start_engine(accelerator, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, "sets `scheduler` .*: the learning rate has a schedule already"),
+        ({"zero_optimization": {"stage": 0}}, "sets ZeRO stage 0: use 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device` .nvme."),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer.device` ",
+        ),
+        ({"gradient_accumulation_steps": 1}, "accumulates 1 batches per step, this run 2"),
+    ],
+)
+def test_what_deepspeed_would_do_otherwise_is_refused(change, message):
+    config = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": "auto", **change}
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, mixed_precision="bf16")
+    accelerator.parallelism_config, accelerator.gradient_accumulation_steps = None, 2
+    accelerator.state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    with pytest.raises(ValueError, match=message):
+        start_engine(accelerator, 2)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

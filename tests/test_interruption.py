@@ -177,6 +177,9 @@ def test_a_streamed_run_goes_on_where_it_was(tmp_path, monkeypatch):
         assert torch.equal(tensor, weights[name]), name
     with pytest.raises(ValueError, match="made with processes x workers 1 x 2, this run has 1 x 1"):
         run(tmp_path / "other", **{**options, "dataloader_num_workers": 1}, **resume)
+    cut = {"train_batch_size": 64, "gradient_accumulation_steps": 2}
+    with pytest.raises(ValueError, match="made with images per process and batch 128, this run has 64"):
+        run(tmp_path / "other", **{**options, **cut}, **resume)
 
 
 def test_steps_may_be_cut_up_differently_after_a_resume(tmp_path):

@@ -1,10 +1,17 @@
 """What a training step costs: parameters per part, floating-point operations, memory."""
 
 import torch
+from torch import nn
 
 from .configuration_djepa import DJEPAConfig
 from .masking import draw_num_masked
 from .modeling_djepa import DJEPAForPreTraining
+
+
+def num_parameters(module: nn.Module, only_trainable: bool = False) -> int:
+    """Parameters of a module, those included that ZeRO-3 has spread over other processes."""
+    wanted = (p for p in module.parameters() if p.requires_grad or not only_trainable)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in wanted)
 
 
 def parameters_per_part(model: DJEPAForPreTraining) -> dict[str, int]:
@@ -16,7 +23,7 @@ def parameters_per_part(model: DJEPAForPreTraining) -> dict[str, int]:
         "prediction head": model.prediction_head,
         "EMA copy (not trained)": model.target,
     }
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+    return {name: num_parameters(part) for name, part in parts.items() if part is not None}
 
 
 def mean_num_masked(config: DJEPAConfig, draws: int = 4096) -> float:
@@ -64,8 +71,7 @@ def training_memory(model: DJEPAForPreTraining, batch_size: int, half: bool) -> 
     what linear layers keep for the backward pass; norms, dropout and copies in other types come on top.
     """
     config = model.config
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    average = sum(p.numel() for p in model.target.parameters())
+    trained, average = num_parameters(model, only_trainable=True), num_parameters(model.target)
     hidden, element = mean_num_masked(config), 2 if half else 4
     length = config.num_buffer_tokens + config.num_tokens
     visible = length - hidden

@@ -132,10 +132,11 @@ class StreamingImages(IterableDataset):
         info = get_worker_info()
         worker, unreadable, read = info.id if info else 0, [], True
         epoch, first = self.starts.get(worker, (0, 0))
+        data = copy.deepcopy(self.data)  # whose epoch is its own: that of the original is shared by all workers
         while read:  # a worker without a shard of its own has nothing to do
-            self.data.set_epoch(epoch)
+            data.set_epoch(epoch)
             read = first > 0
-            for number, row in enumerate(self.data):
+            for number, row in enumerate(data):
                 if number < first:
                     continue
                 flip = self.flip and seed_of("flip", self.seed, epoch, self.rank, worker, number) % 2 == 1
@@ -185,6 +186,8 @@ class Batches:
         # traceback keeps the loader's iterator, which would stop them, alive.
         if hasattr(self.batches, "_shutdown_workers"):
             self.batches._shutdown_workers()
+            for worker in self.batches._workers:
+                worker.kill()  # if it is still reading: a download may take for ever
 
 
 class StreamBatches(Batches):
@@ -208,8 +211,12 @@ class StreamBatches(Batches):
         data = copy.copy(data)
         data.starts = {worker: self.around[worker][i >= ahead] for i, worker in enumerate(sorted(self.around))}
         super().__init__(DataLoader(data, **options))
-        for _ in range(ahead):
-            next(self.batches)
+        try:
+            for _ in range(ahead):
+                next(self.batches)
+        except BaseException:
+            self.__exit__()
+            raise
 
     @property
     def place(self) -> dict:

@@ -15,12 +15,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from .modeling_djepa import DJEPAForPreTraining, DJEPAModel
 
 
-def check_engine(accelerator: Accelerator) -> str:
+def start_engine(accelerator: Accelerator, accumulation_steps: int) -> str:
     """
-    The mixed precision of a run, `"no"`, `"fp16"` or `"bf16"`; called before the model is built.
+    Checks the engine and its settings, and makes ready for the model to be built.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): of the run.
+        accumulation_steps (`int`): batches per optimizer step that the run makes.
+
+    Returns:
+        `str`: the mixed precision, `"no"`, `"fp16"` or `"bf16"`. Under DeepSpeed the accelerator forgets it later.
 
     Raises:
         ValueError: if the engine or its settings would not train what is asked for.
@@ -35,6 +39,14 @@ def check_engine(accelerator: Accelerator) -> str:
         raise ValueError(
             "Tensor, context and sequence parallelism are not supported: use `dp_replicate_size` and `dp_shard_size` "
             "(examples/accelerate/fsdp2_hybrid.yaml)."
+        )
+    if kind == DistributedType.DEEPSPEED:
+        _check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+        accelerator.gradient_accumulation_steps = _of_deepspeed(accelerator, accumulation_steps)
+    if accelerator.gradient_accumulation_steps != accumulation_steps:
+        raise ValueError(
+            f"The accelerate configuration accumulates {accelerator.gradient_accumulation_steps} batches per step, "
+            f"this run {accumulation_steps}: leave it out there, or give the same `gradient_accumulation_steps`."
         )
     if kind == DistributedType.DEEPSPEED:
         from transformers.integrations import unset_hf_deepspeed_config
@@ -111,6 +123,38 @@ def load_state(accelerator: Accelerator, model: DJEPAForPreTraining, folder: str
     accelerator.load_state(folder)
     if _is_zero3(accelerator):
         _complete_small_parameters(model.target)
+
+
+# What DeepSpeed can do besides, and what would not be trained as asked for then: the moving average would miss weights
+# that are kept elsewhere or in pieces of pieces, and learning rates would come from two places.
+_NOT_SUPPORTED = {
+    "scheduler": "the learning rate has a schedule already (`lr_scheduler`)",
+    "optimizer": "the optimizer is AdamW already",
+    "zero_optimization.offload_optimizer.device": "offloading is not supported",
+    "zero_optimization.offload_param.device": "offloading is not supported",
+    "zero_optimization.zero_hpz_partition_size": "secondary partitions are not supported",
+    "zero_optimization.zero_quantized_weights": "quantized weights are not supported",
+    "zero_optimization.zero_quantized_nontrainable_weights": "quantized weights are not supported",
+    "tensor_parallel.autotp_size": "tensor parallelism is not supported",
+}
+
+
+def _check_deepspeed(config: dict):
+    for key, reason in _NOT_SUPPORTED.items():
+        value = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value not in (None, False, 0, 1, "none", {}):
+            raise ValueError(f"The DeepSpeed configuration sets `{key}` ({value}): {reason}, take it out.")
+    stage = config["zero_optimization"]["stage"]
+    if stage not in (1, 2, 3):
+        raise ValueError(f"The DeepSpeed configuration sets ZeRO stage {stage}: use 1, 2 or 3, or DDP instead.")
+
+
+def _of_deepspeed(accelerator: Accelerator, accumulation_steps: int) -> int:
+    """How many batches DeepSpeed accumulates: its own configuration, where that says so, goes before everything."""
+    steps = accelerator.state.deepspeed_plugin.deepspeed_config.get("gradient_accumulation_steps", "auto")
+    return accumulation_steps if steps == "auto" else steps
 
 
 def _is_zero3(accelerator: Accelerator) -> bool:

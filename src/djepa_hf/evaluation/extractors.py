@@ -14,8 +14,8 @@ HIDDEN_UNITS = 100  # of the classifier; scikit-learn's default
 
 class InceptionExtractor(nn.Module):
     """
-    The Inception network that FID and Inception Score are usually measured with, by torchmetrics and torch-fidelity: 2048
-    features and 1008 logits. Its weights are downloaded when it is made.
+    The Inception network that FID and Inception Score are usually measured with, by torchmetrics and torch-fidelity:
+    2048 features and 1008 logits. Its weights are downloaded when it is made.
 
     Args:
         weights_path (`str`, *optional*): a file of its weights, where there is no network.

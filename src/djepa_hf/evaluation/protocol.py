@@ -63,8 +63,8 @@ def image_size(pipe: DJEPAPipeline) -> tuple[tuple[int, int] | int, int]:
     channels = config.num_channels if pipe.vae is None else pipe.vae.config.out_channels
     if len(config.sample_shape) != 2 or channels not in (1, 3):
         raise ValueError(
-            f"Samples with {channels} channels on a grid of rank {len(config.sample_shape)} are no pictures: evaluation "
-            "compares pictures."
+            f"Samples with {channels} channels on a grid of rank {len(config.sample_shape)} are no pictures, which "
+            "evaluation compares."
         )
     stride = 1 if pipe.vae is None else vae_stride(pipe.vae)
     height, width = (side * stride for side in height_and_width(config.sample_shape))

@@ -23,8 +23,8 @@ class RealImages:
     Where real images come from.
 
     Args:
-        source (`str`): `"digits"`, a data set of the Hub, a folder of images or of class folders, or an ADM-style `.npz`
-            file of samples (`arr_0`, uint8, `(n, height, width, 3)`), statistics (`mu` and `sigma`), or both.
+        source (`str`): `"digits"`, a data set of the Hub, a folder of images or of class folders, or an ADM-style
+            `.npz` file of samples (`arr_0`, uint8, `(n, height, width, 3)`), statistics (`mu` and `sigma`), or both.
         split (`str`): of a data set.
         image_column, label_column (`str`): of a data set.
     """
@@ -92,8 +92,8 @@ class Reference:
     Args:
         about (`dict`): where they come from, how many there are, and a hash.
         features (`torch.Tensor` of shape `(n, width)`, *optional*): where there are images.
-        logits (`torch.Tensor` of shape `(n, classes)`, *optional*), labels (`torch.Tensor` of shape `(n,)`, *optional*):
-            where there are such.
+        logits (`torch.Tensor` of shape `(n, classes)`, *optional*): where the extractor gives them.
+        labels (`torch.Tensor` of shape `(n,)`, *optional*): where the images have classes.
         statistics (`dict`, *optional*): `mu` and `sigma` of more images than are at hand, for the Fréchet distance.
     """
 

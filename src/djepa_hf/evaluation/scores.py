@@ -20,8 +20,8 @@ def check_counts(num_images: int, reference: Reference, width: int, kernel_subse
     found = len(reference.statistics["mu"]) if reference.statistics else reference.features.shape[1]
     if found != width:
         raise ValueError(
-            f"The reference {reference.about['source']} holds statistics of {found} features, this extractor has {width}: "
-            "they come from different networks."
+            f"The reference {reference.about['source']} holds statistics of {found} features, this extractor has "
+            f"{width}: they come from different networks."
         )
     if reference.features is None:
         return

@@ -69,5 +69,6 @@ def _check_count(name: str, count: int):
 def _check_width(predictions: int, reference: int):
     if predictions != reference:
         raise ValueError(
-            f"`predictions` have {predictions} features, `reference` has {reference}: they come from different networks."
+            f"`predictions` have {predictions} features, `reference` has {reference}: they come from different "
+            "networks."
         )

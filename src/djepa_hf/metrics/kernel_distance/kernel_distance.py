@@ -37,8 +37,8 @@ class KernelDistance(evaluate.Metric):
         for name, features in sets.items():
             if len(features) < subset_size:
                 raise ValueError(
-                    f"The kernel distance draws subsets of {subset_size} images, but `{name}` has {len(features)}: pass "
-                    "more, or a smaller `subset_size`."
+                    f"The kernel distance draws subsets of {subset_size} images, but `{name}` has {len(features)}: "
+                    "pass more, or a smaller `subset_size`."
                 )
         predictions, reference = (torch.as_tensor(features).double() for features in sets.values())
         if predictions.shape[1] != reference.shape[1]:

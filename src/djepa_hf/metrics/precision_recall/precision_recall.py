@@ -7,8 +7,8 @@ import torch
 
 _DESCRIPTION = """
 A set of features covers a point if the point is no further from one of its members than that member's k-th nearest
-neighbour in the set. Precision: the share of generated images that real ones cover. Recall: the share of real images that
-generated ones cover.
+neighbour in the set. Precision: the share of generated images that real ones cover. Recall: the share of real images
+that generated ones cover.
 """
 _INPUTS = """
 Args:
@@ -42,8 +42,8 @@ class PrecisionRecall(evaluate.Metric):
         fake, real = (torch.as_tensor(features).float() for features in sets.values())
         if fake.shape[1] != real.shape[1]:
             raise ValueError(
-                f"`predictions` have {fake.shape[1]} features, `reference` has {real.shape[1]}: they come from different "
-                "networks."
+                f"`predictions` have {fake.shape[1]} features, `reference` has {real.shape[1]}: they come from "
+                "different networks."
             )
         radii = {"fake": radii_of(fake, k, batch_size), "real": radii_of(real, k, batch_size)}
         return {
