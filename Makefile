@@ -24,7 +24,9 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python examples/train.py --config examples/configs/$(CONFIG).yaml --output_dir $(OUTPUT)
-	$(BIN)/python examples/evaluate_digits.py --pipeline $(OUTPUT) --config $(OUTPUT)/sampling.yaml
+	rm -rf $(OUTPUT)/evaluation
+	$(BIN)/python examples/evaluate_pipeline.py --pipeline $(OUTPUT) --config $(OUTPUT)/sampling.yaml --num_images 1000 \
+	    --reference digits --extractor classifier --classifier_data digits
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -7,8 +7,8 @@
 Options are those of train.py, which does the training, and a few more. Budgets are equal: with a weight of 0 there is
 neither a prediction head nor a target forward, and everything else, data and draws included, is the same. A few times
 over training the moving average is sampled from and measured, and its context encoder's features of real images,
-mean-pooled over all tokens and without a class, go through a linear probe and a nearest-neighbour classifier. A run that
-was killed goes on.
+mean-pooled over all tokens and without a class, go through a linear probe and a nearest-neighbour classifier. A run
+that was killed goes on when it is started again.
 
 Writes `ablation.json`, `ablation.md` and `ablation.png`.
 """
@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -202,7 +201,6 @@ def main(argv: list[str] | None = None):
     every, output_dir = steps // args.evaluations, Path(train_args.output_dir)
     given = {name: value for part in (*training, sampling) for name, value in asdict(part).items()}
     given |= {"validation_steps": None, "report_to": None}
-    PartialState()
     real, runs, pixels = None, [], {}
     for seed in args.seeds:  # the outer loop, so that what there is can be compared early
         for objective in args.objectives:

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import datasets
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from djepa_hf.arguments import DataArguments, parse_arguments
 from djepa_hf.data import ImageToSample, load_training_data, open_image
+from djepa_hf.engines import start_processes
 from djepa_hf.json_files import write_json
 from djepa_hf.latent_cache import MANIFEST, cache_features, weight_hash, write_index, write_shard
 from djepa_hf.latents import height_and_width, latent_size, posterior_moments
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None):
         raise ValueError("`pretrained_vae_model_name_or_path` is missing: pixels need no cache.")
     if data_args.streaming:
         raise ValueError("`streaming` data have no fixed order to go on in: download them for a cache.")
-    state, folder = PartialState(), Path(args.output_dir)
+    state, folder = start_processes(), Path(args.output_dir)
     vae = load_vae(data_args.pretrained_vae_model_name_or_path).to(state.device)
     latent_size(data_args.image_size, vae)  # raises before anything is read, if there is none
     data = load_training_data(

@@ -19,7 +19,8 @@ from torch import nn
 
 from djepa_hf import DJEPAPipeline
 from djepa_hf.arguments import SamplingArguments, option, parse_arguments
-from djepa_hf.evaluation.arguments import EvaluationArguments, start
+from djepa_hf.engines import start_processes
+from djepa_hf.evaluation.arguments import EvaluationArguments
 from djepa_hf.evaluation.extractors import CLASSIFIER
 from djepa_hf.evaluation.generation import label_of
 from djepa_hf.evaluation.protocol import RESULT, Protocol, measure
@@ -77,8 +78,8 @@ def main(argv: list[str] | None = None):
     args, output, sampling = parse_arguments(
         EvaluationArguments, OutputArguments, SamplingArguments, argv=argv, description=__doc__
     )
-    state, device = start()
-    pipe, folder = args.load_pipeline(device), args.folder
+    state = start_processes()
+    pipe, folder = args.load_pipeline(state.device), args.folder
     extractor = args.load_extractor(pipe)
     reference = args.load_reference(pipe, extractor)
     options = sampling.call_options(pipe.transformer.config.num_tokens)

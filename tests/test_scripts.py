@@ -1,8 +1,5 @@
-"""What runs on top of a trained pipeline: generation, evaluation, and the metrics and pictures they make."""
+"""What runs on top of a trained pipeline: generation, and the pictures that scripts make."""
 
-import json
-
-import evaluate_digits
 import generate
 import numpy as np
 import pytest
@@ -10,10 +7,8 @@ import torch
 import yaml
 from conftest import tiny_pipeline
 from PIL import Image
-from scipy import linalg
 
 from djepa_hf import DJEPAPipeline
-from djepa_hf.metrics import DigitJudge, class_agreement, frechet_distance
 from djepa_hf.seeds import seed_of
 from djepa_hf.visualization import labelled_grid, plot_losses
 
@@ -64,43 +59,6 @@ def test_generate_refuses_an_unknown_class(folder, tmp_path):
     with pytest.raises(ValueError, match="Class id 12 is out of range"):
         generate.main([*argv, "12"])
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture(scope="module")
-def judge():
-    return DigitJudge(*evaluate_digits.real_digits("train"))
-
-
-def test_judge_reads_real_digits_it_never_saw(judge):
-    images, labels = evaluate_digits.real_digits("test")
-    assert class_agreement(judge, images, labels) > 0.95
-    assert class_agreement(judge, images, (labels + 1) % 10) < 0.05
-
-
-def test_distance_is_that_of_gaussians_in_the_judges_features(judge):
-    train, test = (evaluate_digits.real_digits(split)[0] for split in ("train", "test"))
-    first, second = (judge(images).double().numpy() for images in (train, test))
-    root = linalg.sqrtm(np.cov(first.T) @ np.cov(second.T)).real
-    expected = ((first.mean(0) - second.mean(0)) ** 2).sum()
-    expected += np.trace(np.cov(first.T) + np.cov(second.T) - 2 * root)
-    assert frechet_distance(judge, train, test) == pytest.approx(expected, rel=1e-3)
-    assert frechet_distance(judge, test, test) == pytest.approx(0, abs=1e-3)
-    assert frechet_distance(judge, 1 - train, test) > 20 * expected
-
-
-def test_evaluation_measures_and_shows(tmp_path, capsys):
-    id2label = {i: str(i) for i in range(10)}
-    tiny_pipeline(id2label=id2label).save_pretrained(tmp_path)
-    evaluate_digits.main(["--pipeline", str(tmp_path), "--num_images", "100", *SAMPLING])
-    results = json.loads((tmp_path / "metrics.json").read_text())
-    assert results["class_agreement"] < 0.5  # random weights
-    assert results["ratio"] > 10
-    assert results["judge_accuracy_on_held_out_digits"] > 0.95
-    assert results["sampling"]["num_inference_steps"] == 2
-    with Image.open(tmp_path / "samples.png") as grid:
-        assert grid.width > 10 * 48
-        assert grid.height > 10 * 48
-    assert "Class agreement" in capsys.readouterr().out
 
 
 def test_grid_keeps_every_pixel():

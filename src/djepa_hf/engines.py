@@ -7,12 +7,17 @@ decides what is computed in half precision, so that one process and many, whole 
 import copy
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .modeling_djepa import DJEPAForPreTraining, DJEPAModel
+
+
+def start_processes() -> PartialState:
+    """The processes of `accelerate launch` or `torchrun`, for scripts that train nothing; `device` is this one's."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which PartialState does not read by itself
 
 
 def start_engine(accelerator: Accelerator, accumulation_steps: int) -> str:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from ..arguments import option
@@ -84,11 +83,3 @@ class EvaluationArguments:
         """The real images to compare with, in an extractor's features."""
         real = RealImages(self.reference, self.reference_split, self.image_column, self.label_column)
         return load_reference(real, extractor, *image_size(pipe), self.batch_size, pipe.device)
-
-
-def start() -> tuple[PartialState, torch.device]:
-    """The processes, and this one's device."""
-    state = PartialState()
-    if state.device.type == "cpu" and torch.backends.mps.is_available():
-        return state, torch.device("mps")
-    return state, state.device

@@ -47,6 +47,7 @@ def label_of(i: int, num_labels: int, labels: str, seed: int) -> int:
 def generate(
     pipe: DiffusionPipeline,
     extractor: nn.Module,
+    state: PartialState,
     folder: Path,
     num_images: int,
     batch_size: int,
@@ -54,7 +55,6 @@ def generate(
     labels: str = "balanced",
     seed: int = 0,
     save_images: bool = False,
-    state: PartialState | None = None,
     title: str = "generating",
 ) -> Generated | None:
     """
@@ -64,6 +64,7 @@ def generate(
     Args:
         pipe ([`DJEPAPipeline`]): with its progress bar off.
         extractor (`nn.Module`): see `extractors`.
+        state ([`~accelerate.PartialState`]): the processes.
         folder (`Path`): features go to `batches/`, one file each, which an interrupted run finds again; pictures to
             `images/`.
         num_images, batch_size (`int`): how many, and how many at a time.
@@ -71,7 +72,6 @@ def generate(
         labels (`"balanced"` or `"random"`): see [`label_of`].
         seed (`int`): of noise, orders and random labels.
         save_images (`bool`): whether to keep all pictures, and not just the first hundred.
-        state ([`~accelerate.PartialState`], *optional*): the processes.
         title (`str`): of the progress bar.
 
     Returns:
@@ -80,7 +80,6 @@ def generate(
     Raises:
         ValueError: if an image is not finite, or all are the same.
     """
-    state = state or PartialState()
     parts = folder / "batches"
     parts.mkdir(parents=True, exist_ok=True)
     (folder / "images").mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ import transformers
 from accelerate import PartialState
 from torch import nn
 
+from ..engines import start_processes
 from ..json_files import write_json
 from ..latent_cache import weight_hash
 from ..latents import height_and_width, vae_stride
@@ -101,7 +102,7 @@ def measure(
         ValueError: before anything is generated, if options are wrong or the folder holds samples that were drawn with
             others.
     """
-    state = state or PartialState()
+    state = state or start_processes()
     config = pipe.transformer.config
     solver = protocol.solver or _solver_name(pipe)
     if protocol.solver is not None:
@@ -133,7 +134,7 @@ def measure(
         write_json(folder / PROTOCOL, about)
     state.wait_for_everyone()
     drawn = (protocol.num_images, protocol.batch_size, protocol.sampling, protocol.labels, protocol.seed)
-    generated = generate(pipe, extractor, folder, *drawn, save_images, state, title)
+    generated = generate(pipe, extractor, state, folder, *drawn, save_images, title)
     if generated is None:
         return None
     metrics = score(generated, reference, extractor, protocol.kernel_subset_size, protocol.seed)

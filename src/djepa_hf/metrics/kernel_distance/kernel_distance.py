@@ -1,5 +1,7 @@
 """Kernel distance of two sets of features, as in KID (arXiv 1801.01401), by torchmetrics."""
 
+import warnings
+
 import datasets
 import evaluate
 import numpy as np
@@ -46,7 +48,9 @@ class KernelDistance(evaluate.Metric):
                 f"`predictions` have {predictions.shape[1]} features, `reference` has {reference.shape[1]}: they come "
                 "from different networks."
             )
-        metric = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=subsets, subset_size=subset_size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it keeps all features in memory
+            metric = KernelInceptionDistance(torch.nn.Identity(), subsets=subsets, subset_size=subset_size)
         metric.update(reference, real=True)
         metric.update(predictions, real=False)
         with torch.random.fork_rng(devices=[]):  # evaluate seeds NumPy alone
