@@ -37,6 +37,7 @@ from djepa_hf.arguments import (
 from djepa_hf.evaluation.extractors import ClassifierExtractor
 from djepa_hf.evaluation.protocol import Protocol, image_size, measure
 from djepa_hf.evaluation.real_images import RealImages, load_reference
+from djepa_hf.evaluation.scores import class_agreement
 from djepa_hf.json_files import write_json
 from djepa_hf.schedulers import token_scheduler_for
 
@@ -73,6 +74,11 @@ class RealData:
     train: tuple[torch.Tensor, torch.Tensor]
     test: tuple[torch.Tensor, torch.Tensor]
     judge: ClassifierExtractor
+
+    def judge_accuracy(self) -> float:
+        """How many of the held-out images the judge reads right."""
+        images, labels = self.test
+        return class_agreement(self.judge(images)[1], labels, self.judge)
 
 
 def load_real_data(args: AblationArguments, size: int | tuple[int, int], channels: int) -> RealData:
@@ -222,7 +228,8 @@ def main(argv: list[str] | None = None):
                     found = measure_checkpoint(checkpoint, place, real, args, spacing, options, seed)
                     measurements.append({"step": step, **found})
                 runs.append({**varied, "measurements": measurements})
-                write_json(output_dir / "ablation.json", {"runs": runs, "probes_of_pixels": pixels})
+                about = {"judge_accuracy_on_real_images": real.judge_accuracy(), "probes_of_pixels": pixels}
+                write_json(output_dir / "ablation.json", {**about, "runs": runs})
                 (output_dir / "ablation.md").write_text(table(runs, pixels))
                 plot(runs, output_dir / "ablation.png", f"with and without prediction loss, {args.reference}")
                 print(table(runs, pixels))

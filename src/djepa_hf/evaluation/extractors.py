@@ -1,6 +1,7 @@
 """Networks whose features images are compared in. Needs the `eval` extra."""
 
 import importlib
+import pickle
 
 import torch
 from sklearn.neural_network import MLPClassifier
@@ -14,8 +15,8 @@ HIDDEN_UNITS = 100  # of the classifier; scikit-learn's default
 
 class InceptionExtractor(nn.Module):
     """
-    The Inception network that FID and Inception Score are usually measured with, by torchmetrics and torch-fidelity:
-    2048 features and 1008 logits. Its weights are downloaded when it is made.
+    The Inception network that FID and Inception Score are usually measured with, in torch-fidelity's port, which
+    torchmetrics uses, too: 2048 features and 1008 logits. Its weights are downloaded when it is made.
 
     Args:
         weights_path (`str`, *optional*): a file of its weights, where there is no network.
@@ -30,15 +31,21 @@ class InceptionExtractor(nn.Module):
     def __init__(self, weights_path: str | None = None):
         super().__init__()
         try:
-            from torchmetrics.image.fid import NoTrainInceptionV3
-
-            features = ["2048", "logits_unbiased"]
-            network = NoTrainInceptionV3("inception-v3-compat", features, feature_extractor_weights_path=weights_path)
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ModuleNotFoundError as error:
             raise ValueError("The Inception network needs torch-fidelity: pip install 'djepa_hf[eval]'.") from error
-        except OSError as error:  # of urllib, without a network
+        try:
+            if weights_path is not None:
+                torch.load(weights_path, weights_only=True)  # torch-fidelity would run whatever is in it
+            features = ["2048", "logits_unbiased"]
+            network = FeatureExtractorInceptionV3("inception-v3-compat", features, weights_path)
+        except pickle.UnpicklingError as error:
             raise ValueError(
-                f"The weights of the Inception network cannot be downloaded ({error}). Pass a file with "
+                f"{weights_path} holds more than weights, which could run code: it is not read."
+            ) from error
+        except OSError as error:  # of urllib, without a network; or of the file
+            raise ValueError(
+                f"The weights of the Inception network cannot be had ({error}). Pass their file with "
                 "`inception_weights_path`, or another `extractor`."
             ) from error
         self.network = network

@@ -63,7 +63,7 @@ def generate(
 
     Args:
         pipe ([`DJEPAPipeline`]): with its progress bar off.
-        extractor (`nn.Module`): see `extractors`.
+        extractor (`nn.Module`): see `extractors`; on the pipeline's device.
         state ([`~accelerate.PartialState`]): the processes.
         folder (`Path`): features go to `batches/`, one file each, which an interrupted run finds again; pictures to
             `images/`.
@@ -103,7 +103,7 @@ def generate(
                 raise ValueError(f"Image {i} is not finite: the weights are damaged, or half precision was too coarse.")
             levels = (images * 255).round().to(torch.uint8)  # what a picture file would hold
             _keep_pictures(levels, ids, folder / "images", num_images if save_images else KEPT_PICTURES)
-            features, logits = extractor(levels.to(next(extractor.parameters()).device).float() / 255)
+            features, logits = extractor(levels.to(pipe.device).float() / 255)
             tensors = {"features": features.float().cpu(), "labels": torch.tensor(classes)}
             if logits is not None:
                 tensors["logits"] = logits.float().cpu()

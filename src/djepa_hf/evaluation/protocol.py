@@ -88,7 +88,7 @@ def measure(
     nothing twice.
 
     Args:
-        pipe ([`DJEPAPipeline`]): on its device; its scheduler stays as it is.
+        pipe ([`DJEPAPipeline`]): on its device, the extractor's, too; its scheduler stays as it is.
         source (`str`): where the pipeline came from, for the result.
         folder (`Path`): of this evaluation alone.
         protocol ([`Protocol`]): how.
@@ -110,7 +110,7 @@ def measure(
     pipe.set_progress_bar_config(disable=True)
     pipe.check_inputs(1, num_images_per_label=1, output_type="pil", **protocol.sampling)
     size, channels = image_size(pipe)
-    probe = torch.zeros(1, channels, *height_and_width(size), device=next(extractor.parameters()).device)
+    probe = torch.zeros(1, channels, *height_and_width(size), device=pipe.device)
     check_counts(protocol.num_images, reference, extractor(probe)[0].shape[1], protocol.kernel_subset_size)
     about = {
         "pipeline": source,

@@ -35,7 +35,7 @@ class FrechetDistance(evaluate.Metric):
     def _compute(self, predictions, reference):
         predictions = torch.from_numpy(np.asarray(predictions)).double()
         width = predictions.shape[1]
-        metric = FrechetInceptionDistance(feature=_Features(width))
+        metric = FrechetInceptionDistance(_Features(width), sync_on_compute=False)
         if isinstance(reference, dict):
             mu, sigma = (torch.as_tensor(np.asarray(reference[name])).double() for name in ("mu", "sigma"))
             _check_width(width, len(mu))

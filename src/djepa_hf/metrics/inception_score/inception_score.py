@@ -41,7 +41,7 @@ class InceptionScore(evaluate.Metric):
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it keeps all logits in memory
-            metric = TorchInceptionScore(feature=torch.nn.Identity(), splits=splits)
+            metric = TorchInceptionScore(torch.nn.Identity(), splits, sync_on_compute=False)
         # torchmetrics takes the logarithm of mean probabilities, which must not be zero
         metric.update(logits.log_softmax(-1).clamp(min=-600))
         with torch.random.fork_rng(devices=[]):  # evaluate seeds NumPy alone

@@ -50,7 +50,7 @@ class KernelDistance(evaluate.Metric):
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it keeps all features in memory
-            metric = KernelInceptionDistance(torch.nn.Identity(), subsets=subsets, subset_size=subset_size)
+            metric = KernelInceptionDistance(torch.nn.Identity(), subsets, subset_size, sync_on_compute=False)
         metric.update(reference, real=True)
         metric.update(predictions, real=False)
         with torch.random.fork_rng(devices=[]):  # evaluate seeds NumPy alone
