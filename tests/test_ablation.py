@@ -1,6 +1,7 @@
 """The ablation: equal but for the prediction loss, measured alike, and resumed where it was."""
 
 import json
+from types import SimpleNamespace
 
 import ablation
 import pytest
@@ -20,8 +21,12 @@ def in_process(monkeypatch):
         calls.append(argv)
         train.main([*command_line(argv[argv.index("--output_dir") + 1]), *argv[2:]])
 
-    monkeypatch.setattr(ablation.subprocess, "run", run)
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
     return calls
+
+
+def losses_of(folder):
+    return torch.load(folder / "checkpoint-4" / "custom_checkpoint_0.pkl", weights_only=True)["losses"]
 
 
 def test_with_and_without_are_measured_alike(in_process, tmp_path):
@@ -38,15 +43,10 @@ def test_with_and_without_are_measured_alike(in_process, tmp_path):
         assert all(entry[name] >= 0 for entry in run["measurements"] for name in ablation.FIGURES)
     assert found["judge_accuracy_on_real_images"] > 0.95
     assert found["probes_of_pixels"]["linear_probe"] > 0.9
-    histories = {}
-    for name in ("flow_matching_with_3", "flow_matching_without_3"):
-        history = torch.load(tmp_path / name / "checkpoint-4" / "custom_checkpoint_0.pkl", weights_only=True)
-        histories[name] = history["losses"]
-    assert (
-        histories["flow_matching_with_3"]["diffusion_loss"][0]
-        == histories["flow_matching_without_3"]["diffusion_loss"][0]
-    )
-    assert histories["flow_matching_without_3"]["prediction_loss"] == [0.0] * 4
+    with_it, without = (losses_of(tmp_path / f"flow_matching_{name}_3") for name in ("with", "without"))
+    assert with_it["diffusion_loss"][0] == without["diffusion_loss"][0], "the same start, data and draws"
+    assert with_it["diffusion_loss"][3] != without["diffusion_loss"][3]
+    assert without["prediction_loss"] == [0.0] * 4
     assert (tmp_path / "ablation.md").read_text().count("|\n") == 7
     with Image.open(tmp_path / "ablation.png") as picture:
         assert picture.width > 1000

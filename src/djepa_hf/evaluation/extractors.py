@@ -40,9 +40,7 @@ class InceptionExtractor(nn.Module):
             features = ["2048", "logits_unbiased"]
             network = FeatureExtractorInceptionV3("inception-v3-compat", features, weights_path)
         except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{weights_path} holds more than weights, which could run code: it is not read."
-            ) from error
+            raise ValueError(f"{weights_path} holds more than weights, and could run code: it is not read.") from error
         except OSError as error:  # of urllib, without a network; or of the file
             raise ValueError(
                 f"The weights of the Inception network cannot be had ({error}). Pass their file with "
