@@ -40,7 +40,9 @@ class OutputArguments:
     """How to draw, and what to keep."""
 
     labels: Literal["balanced", "random"] = option("balanced", "Classes in turn, or drawn.")
-    solver: str | None = option(None, "Another one than the pipeline's: ddpm, ddim, dpmsolver++, unipc; euler.")
+    solver: str | None = option(
+        None, "Another than the pipeline's: ddpm, ddim, dpmsolver++, unipc; or euler, heun, midpoint."
+    )
     kernel_subset_size: int | None = option(None, "Images per subset of the kernel distance; 1000 or all.")
     save_images: Literal["no", "png", "npz"] = option("no", "Keep all pictures, or write ADM's sample file, too.")
 

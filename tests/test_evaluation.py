@@ -226,7 +226,7 @@ def test_bad_options_are_refused_before_anything_is_generated(folder, tmp_path):
     for options, message in (
         ({"num_images": 3}, "`num_images` must be at least 4"),
         ({"kernel_subset_size": 100}, "is 100, but there are 60 generated and 450 real images: generate more, or make"),
-        ({"solver": "ddim"}, "The solvers for the objective 'flow_matching' are euler, got 'ddim'"),
+        ({"solver": "ddim"}, "The solvers for the objective 'flow_matching' are euler, heun, midpoint, got 'ddim'"),
         ({"num_inference_steps": 17}, r"`num_inference_steps` must lie in 1\.\.16"),
         ({"extractor": "inception"}, "`classifier_data` goes with `extractor` 'classifier'"),
         ({"extractor": "nowhere:network", "classifier_data": ""}, "`classifier_data` goes with"),

@@ -1,5 +1,7 @@
 """The token schedulers' mathematics: against the official algorithm, and against formulas written out here."""
 
+import math
+
 import pytest
 import torch
 from conftest import relative_error
@@ -154,6 +156,25 @@ def test_flow_with_a_perfect_model_is_exact(num_steps):
     torch.testing.assert_close(sample, clean)
 
 
+def solved(solver, num_evaluations, shift=1.0):
+    """x' = x cos t from x(0) = 1 to t = 1, where it is exp(sin 1)."""
+    scheduler, x = FlowMatchTokenScheduler(shift=shift, solver=solver), torch.ones(1, 1, dtype=torch.float64)
+    scheduler.set_timesteps(num_evaluations)
+    assert len(scheduler.timesteps) == num_evaluations
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(x * math.cos(timestep), timestep, x).prev_sample
+    return x.item()
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_flow_solvers_have_their_order(solver, order, shift):
+    errors = [abs(solved(solver, n, shift) - math.exp(math.sin(1))) for n in (16, 32)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3)
+    assert abs(solved(solver, 15, shift) - math.exp(math.sin(1))) < 0.03, "an odd number ends with an Euler step"
+    assert solved(solver, 1) == 2.0, "one evaluation is one Euler step"
+
+
 def test_flow_loss_is_the_squared_error_of_the_velocity():
     clean, noise, error = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5, 3)
     loss = FlowMatchTokenScheduler().token_loss(clean - noise + error, clean, noise, torch.rand(5))
@@ -218,6 +239,7 @@ def test_diffusers_schedulers_take_over_the_noise_path(other):
         (lambda: DDPMTokenScheduler(prediction_type="v_prediction"), "`prediction_type` must be 'epsilon'"),
         (lambda: DDPMTokenScheduler(beta_schedule="linear"), "`beta_schedule` must be 'squaredcos_cap_v2'"),
         (lambda: DDPMTokenScheduler(timestep_spacing="trailing"), "must be 'linspace' or 'leading', got 'trailing'"),
+        (lambda: FlowMatchTokenScheduler(solver="rk4"), "`solver` must be one of euler, heun, midpoint, got 'rk4'"),
         (lambda: FlowMatchTokenScheduler(prediction_type="epsilon"), "`prediction_type` must be 'flow_matching'"),
     ],
 )

@@ -169,5 +169,7 @@ def _check_protocol(folder: Path, about: dict):
 
 
 def _solver_name(pipe: DJEPAPipeline) -> str:
+    if pipe.transformer.config.objective == "flow_matching":
+        return pipe.scheduler.config.solver
     names = {kind: name for name, kind in SOLVERS[pipe.transformer.config.objective].items()}
     return names.get(type(pipe.scheduler), type(pipe.scheduler).__name__)

@@ -15,7 +15,7 @@ SOLVERS = {
         "dpmsolver++": DPMSolverMultistepScheduler,
         "unipc": UniPCMultistepScheduler,
     },
-    "flow_matching": {"euler": FlowMatchTokenScheduler},
+    "flow_matching": dict.fromkeys(("euler", "heun", "midpoint"), FlowMatchTokenScheduler),
 }
 
 
@@ -35,7 +35,8 @@ def solver_for(objective: str, name: str, scheduler: SchedulerMixin) -> Schedule
         raise ValueError(
             f"The solvers for the objective {objective!r} are {', '.join(SOLVERS[objective])}, got {name!r}."
         )
-    return SOLVERS[objective][name].from_config(scheduler.config)
+    options = {"solver": name} if objective == "flow_matching" else {}
+    return SOLVERS[objective][name].from_config(scheduler.config, **options)
 
 
 def token_scheduler_for(objective: str, **options) -> DDPMTokenScheduler | FlowMatchTokenScheduler:
