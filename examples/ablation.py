@@ -13,6 +13,7 @@ that was killed goes on when it is started again.
 Writes `ablation.json`, `ablation.md` and `ablation.png`.
 """
 
+import json
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from djepa_hf import DJEPAModel, DJEPAPipeline
+from djepa_hf import DJEPAConfig, DJEPAModel, DJEPAPipeline
 from djepa_hf.arguments import (
     DataArguments,
     ModelArguments,
@@ -34,12 +35,14 @@ from djepa_hf.arguments import (
     option,
     parse_arguments,
 )
+from djepa_hf.engines import start_processes
 from djepa_hf.evaluation.extractors import ClassifierExtractor
-from djepa_hf.evaluation.protocol import Protocol, image_size, measure
-from djepa_hf.evaluation.real_images import RealImages, load_reference
+from djepa_hf.evaluation.protocol import Evaluation, Protocol
+from djepa_hf.evaluation.real_images import RealImages, Reference, load_reference
 from djepa_hf.evaluation.scores import class_agreement
 from djepa_hf.json_files import write_json
 from djepa_hf.schedulers import token_scheduler_for
+from djepa_hf.training_data import load_training_samples
 
 TRAIN = Path(__file__).with_name("train.py")
 NEIGHBOURS = 20
@@ -69,28 +72,51 @@ class AblationArguments:
 
 @dataclass
 class RealData:
-    """Real images in [0, 1], their classes, and who judges generated ones by them."""
+    """
+    Real images in [0, 1] and their classes, who judges generated ones by them, and what they are measured against.
+
+    Args:
+        train, test (`tuple`): images `(n, channels, height, width)` and labels `(n,)`.
+        judge ([`ClassifierExtractor`]): trained on the former.
+        reference ([`Reference`]): the latter, in the judge's features.
+    """
 
     train: tuple[torch.Tensor, torch.Tensor]
     test: tuple[torch.Tensor, torch.Tensor]
     judge: ClassifierExtractor
+    reference: Reference
 
     def judge_accuracy(self) -> float:
         """How many of the held-out images the judge reads right."""
-        images, labels = self.test
-        return class_agreement(self.judge(images)[1], labels, self.judge)
+        return class_agreement(self.reference.logits, self.reference.labels, self.judge)
 
 
-def load_real_data(args: AblationArguments, size: int | tuple[int, int], channels: int) -> RealData:
-    """The images that judge and probes learn from, and those held out."""
+def load_real_data(args: AblationArguments, data_args: DataArguments, device: torch.device) -> RealData:
+    """
+    The images that judge and probes learn from, and those held out.
+
+    Raises:
+        ValueError: if there are none, they have no classes, or not the same ones.
+    """
+    columns = {"image_column": data_args.image_column, "label_column": data_args.label_column, "needs_classes": True}
+    sources = [
+        RealImages(args.classifier_data, args.classifier_split, **columns),
+        RealImages(args.reference, args.reference_split, **columns),
+    ]
+    names = [source.open().names for source in sources]
+    if names[0] != names[1]:
+        raise ValueError(f"`classifier_data` and `reference` have other classes: {names[0]} and {names[1]}.")
+    data = load_training_samples(data_args, None, 0)
+    if data.names != names[0]:
+        raise ValueError(f"The training data and `classifier_data` have other classes: {data.names} and {names[0]}.")
     parts = []
-    for source, split in ((args.classifier_data, args.classifier_split), (args.reference, args.reference_split)):
-        batches = list(RealImages(source, split).batches(size, channels, 256))
-        if batches[0][1] is None:
-            raise ValueError(f"{source} has no classes, which probes need.")
+    for source in sources:
+        batches = list(source.batches(data_args.image_size, data.channels, 256))
         images = torch.cat([images for images, _ in batches]).float() / 255
-        parts.append((images, torch.tensor([label for _, labels in batches for label in labels])))
-    return RealData(*parts, ClassifierExtractor(*parts[0]))
+        parts.append((images, torch.cat([labels for _, labels in batches])))
+    judge = ClassifierExtractor(*parts[0]).to(device)
+    reference = load_reference(sources[1], judge, data_args.image_size, data.channels, device=device)
+    return RealData(*parts, judge, reference)
 
 
 @torch.no_grad()
@@ -98,8 +124,8 @@ def pooled_features(model: DJEPAModel, images: torch.Tensor) -> torch.Tensor:
     """Features of all tokens of images in [0, 1] by a context encoder that sees everything but the class, `(n, D)`."""
     features = []
     for part in (images * 2 - 1).split(256):
-        encoded = model.encode(model.patchify(part))
-        features.append(encoded[:, model.config.num_buffer_tokens :].mean(1))
+        encoded = model.encode(model.patchify(part.to(model.device)))
+        features.append(encoded[:, model.config.num_buffer_tokens :].mean(1).cpu())
     return torch.cat(features)
 
 
@@ -117,31 +143,37 @@ def probe(train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, to
 
 
 def train(options: dict, output_dir: Path, steps: int, every: int):
-    """A run of train.py, from its latest checkpoint if there is one."""
+    """
+    A run of train.py, from its latest checkpoint if there is one.
+
+    Raises:
+        ValueError: if the folder holds a run with other options.
+    """
+    options = {**options, "output_dir": str(output_dir), "checkpointing_steps": every}
+    path = output_dir / "options.json"
+    if path.is_file() and (earlier := json.loads(path.read_text())) != options:
+        differing = [name for name in options if earlier.get(name) != options[name]]
+        raise ValueError(f"{output_dir} holds a run with other options ({', '.join(differing)}): remove it first.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, options)
     if (output_dir / f"checkpoint-{steps}").is_dir():
         return
-    options = {**options, "output_dir": output_dir, "checkpointing_steps": every, "resume_from_checkpoint": "latest"}
     argv = [sys.executable, str(TRAIN)]
-    for name, value in options.items():
+    for name, value in {**options, "resume_from_checkpoint": "latest"}.items():
         if value is not None:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     subprocess.run(argv, check=True)
 
 
-def measure_checkpoint(
-    checkpoint: Path, folder: Path, real: RealData, args: AblationArguments, spacing: str, sampling: dict, seed: int
-) -> dict:
+def measure_checkpoint(checkpoint: Path, folder: Path, real: RealData, protocol: Protocol, spacing: str) -> dict:
     """Quality of samples and of features of one checkpoint's moving average."""
-    model = DJEPAModel.from_pretrained(checkpoint).eval()
+    state = start_processes()
+    model = DJEPAModel.from_pretrained(checkpoint).to(state.device).eval()
     objective = model.config.objective
     options = {"timestep_spacing": spacing} if objective == "diffusion" else {}
     pipe = DJEPAPipeline(model, token_scheduler_for(objective, **options))
-    reference = load_reference(RealImages(args.reference, args.reference_split), real.judge, *image_size(pipe))
-    if objective == "diffusion":
-        sampling = {**sampling, "num_denoising_steps": args.diffusion_denoising_steps}
-    protocol = Protocol(args.num_images, sampling, seed=seed)
-    title = f"{folder.parent.name}, {checkpoint.name}"
-    result = measure(pipe, str(checkpoint), folder, protocol, real.judge, reference, title=title)
+    evaluation = Evaluation(pipe, str(checkpoint), real.judge, real.reference, state)
+    result = evaluation.measure(folder, protocol, title=f"{folder.parent.name}, {checkpoint.name}")
     features = [(pooled_features(model, images), labels) for images, labels in (real.train, real.test)]
     quality = {name: result["metrics"][name] for name in ("class_agreement", "frechet_distance")}
     return quality | probe(*features)
@@ -159,10 +191,15 @@ def table(runs: list[dict], pixels: dict[str, float]) -> str:
         group = [run for run in runs if (run["objective"], run["prediction_loss_weight"]) == (objective, weight)]
         last = [run["measurements"][-1] for run in group]
         cells = [spread([entry[name] for entry in last]) for name in FIGURES]
-        rows.append(f"| {objective} | {'with' if weight else 'without'} | {len(group)} | {' | '.join(cells)} |")
+        rows.append(f"| {objective.replace('_', ' ')} | {name_of(weight)} | {len(group)} | {' | '.join(cells)} |")
     cells = [f"{pixels[name]:.3f}" if name in pixels else "" for name in FIGURES]
     rows.append(f"| (pixels) | | | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def name_of(weight: float) -> str:
+    """Of a weight of the prediction loss."""
+    return {0.0: "without", 1.0: "with"}.get(weight, f"{weight:g}")
 
 
 def plot(runs: list[dict], path: Path, title: str):
@@ -170,19 +207,20 @@ def plot(runs: list[dict], path: Path, title: str):
     from matplotlib.figure import Figure
 
     objectives = list(dict.fromkeys(run["objective"] for run in runs))
+    weights = sorted({run["prediction_loss_weight"] for run in runs})
     figure = Figure(figsize=(3.4 * len(FIGURES), 2.9 * len(objectives)), layout="constrained")
     figure.suptitle(title)
     grid = figure.subplots(len(objectives), len(FIGURES), squeeze=False)
     for row, objective in zip(grid, objectives, strict=True):
         for axes, (name, label) in zip(row, FIGURES.items(), strict=True):
-            for weight, colour in ((0.0, "tab:orange"), (1.0, "tab:blue")):
-                group = [r for r in runs if r["objective"] == objective and bool(r["prediction_loss_weight"]) == weight]
+            for weight, colour in zip(weights, ("tab:orange", "tab:blue", "tab:green", "tab:red"), strict=False):
+                group = [r for r in runs if (r["objective"], r["prediction_loss_weight"]) == (objective, weight)]
                 if not group:
                     continue
                 steps = [entry["step"] for entry in group[0]["measurements"]]
                 values = torch.tensor([[entry[name] for entry in run["measurements"]] for run in group])
                 mean, low, high = values.mean(0), values.min(0).values, values.max(0).values
-                axes.plot(steps, mean, marker="o", markersize=3, color=colour, label="with" if weight else "without")
+                axes.plot(steps, mean, marker="o", markersize=3, color=colour, label=name_of(weight))
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
             axes.set(title=f"{label}, {objective.replace('_', ' ')}", xlabel="optimizer step")
             axes.title.set_fontsize(9)
@@ -201,35 +239,34 @@ def main(argv: list[str] | None = None):
         raise ValueError("`reference` and `classifier_data` say what to measure with: pass both.")
     if data_args.pretrained_vae_model_name_or_path is not None:
         raise ValueError("The ablation compares models of pixels: leave `pretrained_vae_model_name_or_path` out.")
-    steps = train_args.max_train_steps
-    if steps is None or steps % args.evaluations:
-        raise ValueError(f"`max_train_steps` must be a multiple of `evaluations` ({args.evaluations}), got {steps}.")
-    every, output_dir = steps // args.evaluations, Path(train_args.output_dir)
+    steps, evaluations = train_args.max_train_steps, args.evaluations
+    if evaluations < 1 or steps is None or steps % evaluations:
+        raise ValueError(f"`max_train_steps` must be a multiple of `evaluations` ({evaluations}), got {steps}.")
+    every, output_dir = steps // evaluations, Path(train_args.output_dir)
     given = {name: value for part in (*training, sampling) for name, value in asdict(part).items()}
-    given |= {"validation_steps": None, "report_to": None}
-    real, runs, pixels = None, [], {}
+    given |= dict.fromkeys(("validation_steps", "report_to", "checkpoints_total_limit", "resume_from_checkpoint"))
+    real = load_real_data(args, data_args, start_processes().device)
+    pixels = probe(*((images.flatten(1), labels) for images, labels in (real.train, real.test)))
+    about = {"judge_accuracy_on_real_images": real.judge_accuracy(), "probes_of_pixels": pixels}
+    runs = []
     for seed in args.seeds:  # the outer loop, so that what there is can be compared early
         for objective in args.objectives:
             for weight in args.prediction_loss_weights:
-                name = f"{objective}_{'with' if weight else 'without'}_{seed}"
-                folder = output_dir / name
+                folder = output_dir / f"{objective}_{weight:g}_{seed}"
                 varied = {"seed": seed, "objective": objective, "prediction_loss_weight": weight}
                 train(given | varied, folder, steps, every)
                 measurements = []
                 for step in range(every, steps + 1, every):
                     checkpoint = folder / f"checkpoint-{step}"
-                    config = DJEPAModel.from_pretrained(checkpoint).config
-                    if real is None:
-                        real = load_real_data(args, config.sample_size, config.num_channels)
-                        pixels = probe(*((images.flatten(1), labels) for images, labels in (real.train, real.test)))
-                    options = sampling.call_options(config.num_tokens)
+                    options = sampling.call_options(DJEPAConfig.from_pretrained(checkpoint).num_tokens)
+                    if objective == "diffusion":
+                        options["num_denoising_steps"] = args.diffusion_denoising_steps
+                    protocol = Protocol(num_images=args.num_images, sampling=options, seed=seed)
                     place = folder / f"evaluation-{step}"
-                    spacing = train_args.timestep_spacing
-                    found = measure_checkpoint(checkpoint, place, real, args, spacing, options, seed)
+                    found = measure_checkpoint(checkpoint, place, real, protocol, train_args.timestep_spacing)
                     measurements.append({"step": step, **found})
                 runs.append({**varied, "measurements": measurements})
-                about = {"judge_accuracy_on_real_images": real.judge_accuracy(), "probes_of_pixels": pixels}
-                write_json(output_dir / "ablation.json", {**about, "runs": runs})
+                write_json(output_dir / "ablation.json", {**about, "options": given, "runs": runs})
                 (output_dir / "ablation.md").write_text(table(runs, pixels))
                 plot(runs, output_dir / "ablation.png", f"with and without prediction loss, {args.reference}")
                 print(table(runs, pixels))

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image
-from torch import nn
 
 from djepa_hf import DJEPAPipeline
 from djepa_hf.arguments import SamplingArguments, option, parse_arguments
 from djepa_hf.engines import start_processes
 from djepa_hf.evaluation.arguments import EvaluationArguments
 from djepa_hf.evaluation.extractors import CLASSIFIER
-from djepa_hf.evaluation.generation import label_of
-from djepa_hf.evaluation.protocol import RESULT, Protocol, measure
-from djepa_hf.evaluation.real_images import Reference, extract, save_npz
+from djepa_hf.evaluation.generation import KEPT_PICTURES, label_of
+from djepa_hf.evaluation.protocol import RESULT, Evaluation, Protocol, check_protocol, image_size
+from djepa_hf.evaluation.real_images import extract, save_npz
 from djepa_hf.evaluation.report import eval_results, figures, markdown_table
 from djepa_hf.evaluation.scores import class_agreement
 from djepa_hf.json_files import write_json
@@ -32,7 +31,7 @@ from djepa_hf.metrics import load_metric
 from djepa_hf.model_card import add_results
 from djepa_hf.visualization import labelled_grid
 
-SHOWN_CLASSES, SHOWN_IMAGES = 10, 10
+SHOWN_IMAGES = 10  # of each class at most
 
 
 @dataclass
@@ -48,27 +47,25 @@ class OutputArguments:
 
 
 def show_samples(folder: Path, pipe: DJEPAPipeline, protocol: Protocol):
-    """A grid of the first images of the first classes."""
+    """A grid of the first hundred images, a row for each class."""
     config, rows = pipe.transformer.config, {}
-    for path in sorted((folder / "images").glob("*.png"))[: SHOWN_CLASSES * SHOWN_IMAGES]:
+    for path in sorted((folder / "images").glob("*.png"))[:KEPT_PICTURES]:
         i = label_of(int(path.stem), config.num_labels, protocol.labels, protocol.seed)
         rows.setdefault(i, []).append(Image.open(path))
-    labelled_grid([(config.id2label[i].split(",")[0], rows[i][:SHOWN_IMAGES]) for i in sorted(rows)]).save(
-        folder / "samples.png"
-    )
+    named = [(config.id2label[i].split(",")[0], rows[i][:SHOWN_IMAGES]) for i in sorted(rows)]
+    labelled_grid(named).save(folder / "samples.png")
 
 
-def compare_with_real(
-    args: EvaluationArguments, pipe: DJEPAPipeline, extractor: nn.Module, reference: Reference
-) -> dict:
+def compare_with_real(args: EvaluationArguments, evaluation: Evaluation) -> dict:
     """
     What the classifier makes of real images: how many held-out ones it reads right, and how far those that it was
     trained on are from them. Generated images need not be closer than that.
     """
-    images, _ = args.classifier_images(pipe)
-    features, _, _ = extract([(images, None)], extractor, pipe.device, "training images")
+    pipe, extractor, reference = evaluation.pipe, evaluation.extractor, evaluation.reference
+    batches = args.classifier_images().batches(*image_size(pipe), args.batch_size)
+    features = extract(batches, extractor, pipe.device, "training images").features.numpy()
     against = reference.statistics or reference.features.numpy()
-    distance = load_metric("frechet_distance").compute(predictions=features.numpy(), reference=against)
+    distance = load_metric("frechet_distance").compute(predictions=features, reference=against)
     found = {"frechet_distance_of_real_training_images": distance["frechet_distance"]}
     if reference.labels is not None:
         accuracy = class_agreement(reference.logits, reference.labels, extractor)
@@ -80,32 +77,41 @@ def main(argv: list[str] | None = None):
     args, output, sampling = parse_arguments(
         EvaluationArguments, OutputArguments, SamplingArguments, argv=argv, description=__doc__
     )
-    state = start_processes()
-    pipe, folder = args.load_pipeline(state.device), args.folder
+    state, folder = start_processes(), args.folder("evaluation")
+    pipe = args.load_pipeline(state.device)
+    protocol = Protocol(
+        num_images=args.num_images,
+        sampling=sampling.call_options(pipe.transformer.config.num_tokens),
+        labels=output.labels,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        solver=output.solver,
+        kernel_subset_size=output.kernel_subset_size,
+    )
+    check_protocol(pipe, protocol)
+    args.reference_images().check()
     extractor = args.load_extractor(pipe)
-    reference = args.load_reference(pipe, extractor)
-    options = sampling.call_options(pipe.transformer.config.num_tokens)
-    drawn = (output.labels, args.seed, args.batch_size, output.solver, output.kernel_subset_size)
-    protocol = Protocol(args.num_images, options, *drawn)
-    keep = output.save_images != "no"
-    result = measure(pipe, args.pipeline, folder, protocol, extractor, reference, keep, state)
+    reference = args.load_reference(pipe, extractor, state)
+    evaluation = Evaluation(pipe, args.pipeline, extractor, reference, state)
+    result = evaluation.measure(folder, protocol, save_images=output.save_images != "no")
     if result is None:
         return
     show_samples(folder, pipe, protocol)
     if output.save_images == "npz":
         save_npz(folder / "images", args.num_images, folder / "samples.npz")
     if args.extractor == CLASSIFIER and "real_images" not in result:
-        result["real_images"] = compare_with_real(args, pipe, extractor, reference)
+        result["real_images"] = compare_with_real(args, evaluation)
         write_json(folder / RESULT, result)
     (folder / "result.md").write_text(markdown_table([result]))
-    add_results(Path(args.pipeline), eval_results(result))
     for name, value in figures(result).items():
         print(f"{name}: {value}")
     for name, value in result.get("real_images", {}).items():
-        print(f"{name.replace('_', ' ')}: {value:.4g}")
-    rate = result["environment"]["images_per_second"]
-    print(f"{args.num_images} images, {rate} per second: look at {folder / 'samples.png'}. {folder / RESULT} holds the")
-    print("figures and everything that they depend on.")
+        print(f"{name.replace('_', ' ').replace('frechet', 'Fréchet')}: {value:.4g}")
+    print(f"{args.num_images} images, {result['environment']['images_per_second']} per second.")
+    print(f"{folder / RESULT} holds the figures and all that they depend on; look at {folder / 'samples.png'}.")
+    if (Path(args.pipeline) / "README.md").is_file():
+        add_results(Path(args.pipeline), eval_results(result))
+        print(f"The card in {args.pipeline} has the figures now.")
 
 
 if __name__ == "__main__":

@@ -14,19 +14,15 @@ Writes `grid.json`, `grid.md`, `grid.png` and `steps.png`.
 
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
-from djepa_hf import DJEPAPipeline
 from djepa_hf.arguments import SamplingArguments, option, parse_arguments
 from djepa_hf.engines import start_processes
 from djepa_hf.evaluation.arguments import EvaluationArguments
-from djepa_hf.evaluation.protocol import Protocol, measure
-from djepa_hf.evaluation.real_images import Reference
+from djepa_hf.evaluation.protocol import Evaluation, Protocol, check_protocol
 from djepa_hf.evaluation.report import figures, markdown_table
 from djepa_hf.json_files import write_json
 
@@ -54,28 +50,33 @@ class GridArguments:
 class Search:
     """All that a cell needs, and the cells so far."""
 
-    args: EvaluationArguments
-    pipe: DJEPAPipeline
-    extractor: nn.Module
-    reference: Reference
-    state: PartialState
+    evaluation: Evaluation
+    folder: Path
     protocol: Protocol
-    results: dict[str, dict]  # by the name of the cell
+    results: dict[str, dict] = field(default_factory=dict)  # by the name of the cell
 
     def cell(self, solver: str | None = None, **sampling) -> dict:
         """The evaluation with some options changed; on all processes."""
-        options = {**self.protocol.sampling, **sampling}
+        protocol = self.changed(solver, **sampling)
+        options = protocol.sampling
         name = "_".join(f"{short}{options[long]:g}" for short, long in NAMES.items())
         name += f"_{solver}" if solver else ""
-        protocol = replace(self.protocol, sampling=options, solver=solver)
-        folder = self.args.folder / "cells" / name
-        place = (self.args.pipeline, folder, protocol, self.extractor, self.reference)
-        result = measure(self.pipe, *place, state=self.state, title=name)
+        folder = self.folder / "cells" / name
+        result = self.evaluation.measure(folder, protocol, title=name)
         (result,) = broadcast_object_list([result])
-        if self.state.is_main_process:
+        if self.evaluation.state.is_main_process:
             shutil.rmtree(folder / "batches", ignore_errors=True)  # the result holds what is asked of them
         self.results[name] = result
         return result
+
+    def changed(self, solver: str | None = None, **sampling) -> Protocol:
+        """The protocol with some options changed."""
+        return replace(self.protocol, sampling={**self.protocol.sampling, **sampling}, solver=solver)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the model."""
+        return self.evaluation.pipe.transformer.config.num_tokens
 
 
 NAMES = {
@@ -96,7 +97,7 @@ def search_grid(search: Search, args: GridArguments) -> list[dict]:
 
     def visit(guidance: float, temperature: float):
         place = round(guidance, 6), round(temperature, 6)
-        if place not in cells and guidance >= 0 and temperature >= 0:
+        if place not in cells:
             cells[place] = search.cell(guidance_scale=place[0], temperature=place[1])
 
     for guidance in args.guidance_scales:
@@ -122,13 +123,9 @@ def neighbours(value: float, values: set[float]) -> list[float]:
 
 def search_steps(search: Search, args: GridArguments, best: dict) -> dict[str, dict[str, list[dict]]]:
     """Evaluations over each kind of steps, by solver; everything else as in the best cell."""
-    num_tokens = search.pipe.transformer.config.num_tokens
-    powers = [2**i for i in range(1, int(math.log2(min(num_tokens, 256))) + 1)]
     sampling = {name: best["protocol"]["sampling"][name] for name in ("guidance_scale", "temperature")}
-    steps = {
-        "num_inference_steps": sorted({min(k, num_tokens) for k in args.inference_steps or powers}),
-        "num_denoising_steps": sorted(args.denoising_steps),
-    }
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    steps = steps_to_compare(args, search.num_tokens)
     return {
         solver or best["protocol"]["solver"]: {
             name: [search.cell(solver, **sampling, **{name: value}) for value in values]
@@ -136,6 +133,26 @@ def search_steps(search: Search, args: GridArguments, best: dict) -> dict[str, d
         }
         for solver in args.solvers or [None]
     }
+
+
+def steps_to_compare(args: GridArguments, num_tokens: int) -> dict[str, list[int]]:
+    """Numbers of each kind of steps."""
+    powers = [2**i for i in range(1, int(math.log2(min(num_tokens, 256))) + 1)]
+    return {
+        "num_inference_steps": sorted(set(args.inference_steps or powers)),
+        "num_denoising_steps": sorted(set(args.denoising_steps)),
+    }
+
+
+def check_values(search: Search, args: GridArguments):
+    """Raises a `ValueError`, before anything is sampled, for the first value that cannot be right."""
+    pipe = search.evaluation.pipe
+    values = {"guidance_scale": args.guidance_scales, "temperature": args.temperatures}
+    for name, choices in {**values, **steps_to_compare(args, search.num_tokens)}.items():
+        for value in choices:
+            check_protocol(pipe, search.changed(**{name: value}))
+    for solver in args.solvers:
+        check_protocol(pipe, search.changed(solver))
 
 
 def plot_grid(results: list[dict], path: Path, title: str):
@@ -202,27 +219,32 @@ def main(argv: list[str] | None = None):
     args, grid, sampling = parse_arguments(
         EvaluationArguments, GridArguments, SamplingArguments, argv=argv, description=__doc__
     )
-    args.output_dir = args.output_dir or f"{args.pipeline}/grid"
-    state = start_processes()
+    state, folder = start_processes(), args.folder("grid")
     pipe = args.load_pipeline(state.device)
+    args.reference_images().check()
     extractor = args.load_extractor(pipe)
-    reference = args.load_reference(pipe, extractor)
-    options = sampling.call_options(pipe.transformer.config.num_tokens)
-    protocol = Protocol(args.num_images, options, seed=args.seed, batch_size=args.batch_size)
-    search = Search(args, pipe, extractor, reference, state, protocol, {})
+    reference = args.load_reference(pipe, extractor, state)
+    protocol = Protocol(
+        num_images=args.num_images,
+        sampling=sampling.call_options(pipe.transformer.config.num_tokens),
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    search = Search(Evaluation(pipe, args.pipeline, extractor, reference, state), folder, protocol)
+    check_values(search, grid)
     cells = search_grid(search, grid)
     best = min(cells, key=distance)
     curves = search_steps(search, grid, best)
     if not state.is_main_process:
         return
-    write_json(args.folder / "grid.json", {"best": best, "cells": cells, "curves": curves})
-    (args.folder / "grid.md").write_text(markdown_table(list(search.results.values())))
+    write_json(folder / "grid.json", {"best": best, "cells": cells, "curves": curves})
+    (folder / "grid.md").write_text(markdown_table(list(search.results.values())))
     title = f"{Path(args.pipeline).name}, {args.num_images} images against {args.reference}"
-    plot_grid(cells, args.folder / "grid.png", title)
-    plot_steps(curves, args.folder / "steps.png", title)
+    plot_grid(cells, folder / "grid.png", title)
+    plot_steps(curves, folder / "steps.png", title)
     found = best["protocol"]["sampling"]
     print(f"Best: guidance {found['guidance_scale']:g}, temperature {found['temperature']:g}: {figures(best)}.")
-    print(f"Look at {args.folder / 'grid.png'} and {args.folder / 'steps.png'}.")
+    print(f"Look at {folder / 'grid.png'} and {folder / 'steps.png'}.")
 
 
 if __name__ == "__main__":

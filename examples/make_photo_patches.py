@@ -37,6 +37,7 @@ PHOTOGRAPHS = {
 }
 BLOCKS = 10  # along each side of a photograph
 HELD_OUT = 5  # one block in so many
+LEAST_SIDE = 320  # pixels, of what photographs are made smaller to
 
 
 @dataclass
@@ -47,6 +48,10 @@ class PatchArguments:
     size: int = option(16, "Side of the patches.")
     per_class: int = option(640, "Training patches per class; a quarter as many are held out.")
     seed: int = option(0, "Of their places.")
+
+    def __post_init__(self):
+        if self.size < 1 or self.per_class < 4:
+            raise ValueError(f"`size` must be at least 1 and `per_class` 4, got {self.size} and {self.per_class}.")
 
 
 def patches(photograph: Image.Image, held_out: bool, count: int, size: int, random: np.random.Generator) -> np.ndarray:
@@ -66,15 +71,17 @@ def patches(photograph: Image.Image, held_out: bool, count: int, size: int, rand
 def main(argv: list[str] | None = None):
     (args,) = parse_arguments(PatchArguments, argv=argv, description=__doc__)
     random, folder = np.random.default_rng(args.seed), Path(args.output_dir)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another `output_dir`, or remove it.")
+    side = max(LEAST_SIDE, BLOCKS * (args.size + 1))  # so that a patch shows something, and fits into a block
     for name, file in tqdm(PHOTOGRAPHS.items(), unit=" photographs"):
         photograph = Image.open(Path(skimage.__file__).parent / "data" / file)
         shortest = min(photograph.size)
-        if shortest < BLOCKS * args.size:  # enlarged, so that a patch fits into a block
-            scale = BLOCKS * args.size / shortest
-            photograph = photograph.resize((round(photograph.width * scale + 1), round(photograph.height * scale + 1)))
-        elif shortest > 320:  # made smaller, so that a patch shows more than one colour
+        if shortest > side:
             photograph = photograph.convert("RGB")
-            photograph.thumbnail((photograph.width * 320 // shortest, photograph.height * 320 // shortest))
+            photograph.thumbnail([length * side // shortest for length in photograph.size])
+        elif shortest < BLOCKS * args.size:
+            photograph = photograph.resize([round(length * side / shortest) for length in photograph.size])
         for part, count in (("train", args.per_class), ("test", args.per_class // 4)):
             (folder / part / name).mkdir(parents=True, exist_ok=True)
             for i, patch in enumerate(patches(photograph, part == "test", count, args.size, random)):

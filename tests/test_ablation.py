@@ -43,7 +43,7 @@ def test_with_and_without_are_measured_alike(in_process, tmp_path):
         assert all(entry[name] >= 0 for entry in run["measurements"] for name in ablation.FIGURES)
     assert found["judge_accuracy_on_real_images"] > 0.95
     assert found["probes_of_pixels"]["linear_probe"] > 0.9
-    with_it, without = (losses_of(tmp_path / f"flow_matching_{name}_3") for name in ("with", "without"))
+    with_it, without = (losses_of(tmp_path / f"flow_matching_{weight}_3") for weight in (1, 0))
     assert with_it["diffusion_loss"][0] == without["diffusion_loss"][0], "the same start, data and draws"
     assert with_it["diffusion_loss"][3] != without["diffusion_loss"][3]
     assert without["prediction_loss"] == [0.0] * 4
@@ -53,6 +53,11 @@ def test_with_and_without_are_measured_alike(in_process, tmp_path):
     assert len(in_process) == 4
     ablation.main(argv)
     assert len(in_process) == 4, "nothing is trained twice"
+    with pytest.raises(ValueError, match=r"holds a run with other options \(learning_rate\): remove it first"):
+        ablation.main([*argv, "--learning_rate", "0.5"])
+    ablation.main([*argv, "--prediction_loss_weights", "0.5", "--objectives", "flow_matching"])
+    assert len(in_process) == 5
+    assert "| flow matching | 0.5 | 1 |" in (tmp_path / "ablation.md").read_text()
 
 
 def test_probes_see_images_without_their_class():
@@ -76,5 +81,8 @@ def test_bad_options(tmp_path):
     options = {**DIGITS, "reference": "digits", "classifier_data": "digits", "max_train_steps": 5}
     with pytest.raises(ValueError, match=r"must be a multiple of `evaluations` \(4\), got 5"):
         ablation.main(command_line(tmp_path, **options))
+    other = {**options, "max_train_steps": 4, "reference": tmp_path / "nothing"}
+    with pytest.raises((ValueError, FileNotFoundError), match="nothing"):
+        ablation.main(command_line(tmp_path, **other))
     with pytest.raises(ValueError, match="`reference` and `classifier_data` say what to measure with"):
         ablation.main(command_line(tmp_path, **DIGITS))

@@ -2,10 +2,13 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from urllib.error import URLError
 
 import evaluate_pipeline
 import grid_search
@@ -20,6 +23,7 @@ from djepa_hf import DJEPAPipeline
 from djepa_hf.data import load_digits
 from djepa_hf.engines import start_processes
 from djepa_hf.evaluation import generation
+from djepa_hf.evaluation.arguments import EvaluationArguments
 from djepa_hf.evaluation.extractors import ClassifierExtractor, CustomExtractor, InceptionExtractor
 from djepa_hf.evaluation.generation import generate, label_of
 from djepa_hf.evaluation.protocol import image_size
@@ -142,6 +146,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(folder, tmp_path, monkeypatch):
         run(folder, output_dir=tmp_path / "killed", temperature=0.9)
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         run(folder, output_dir=tmp_path / "killed", seed=1)
+    assert len(parts_of(tmp_path / "killed")) == 2
     monkeypatch.setattr(DJEPAPipeline, "__call__", original)
     found = run(folder, output_dir=tmp_path / "killed")
     assert found["metrics"] == expected["metrics"]
@@ -161,6 +166,24 @@ def test_changed_weights_are_not_mixed_with_earlier_samples(folder, tmp_path):
         run(folder, output_dir=tmp_path / "out")
 
 
+def test_nor_are_those_of_another_autoencoder(tmp_path, judge):
+    folder, images = tmp_path / "pipe", tmp_path / "images"
+    images.mkdir()
+    for i in range(5):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
+    vae = tiny_vae(1)
+    tiny_pipeline(vae).save_pretrained(folder)
+    options = {"reference": images, "extractor": "test_evaluation:Channels", "output_dir": tmp_path / "out"}
+    result = run_without_classifier(folder, **options)
+    assert result["metrics"]["frechet_distance"] > 0
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.add_(1)
+    tiny_pipeline(vae).save_pretrained(folder)
+    with pytest.raises(ValueError, match="vae_sha256 was "):
+        run_without_classifier(folder, **options)
+
+
 def test_processes_share_the_work_and_make_the_same_images(folder, tmp_path):
     run(folder, output_dir=tmp_path / "one", labels="random")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", evaluate_pipeline.__file__]
@@ -172,6 +195,13 @@ def test_processes_share_the_work_and_make_the_same_images(folder, tmp_path):
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert one["metrics"] == two["metrics"]
     assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
+    again = subprocess.run(
+        [*argv, "--save_images", "npz"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout.count("Class agreement: ") == 1, "the main process alone tells"
+    with np.load(tmp_path / "two" / "samples.npz") as file:
+        assert len(file["arr_0"]) == 60
 
 
 def test_labels_are_in_turn_or_drawn():
@@ -199,6 +229,52 @@ def test_pictures_are_kept_and_become_a_reference(folder, tmp_path, judge):
     assert "recall" not in again["metrics"], "statistics have no neighbours"
     assert len(again["protocol"]["reference"]["sha256"]) == 16
     assert result["metrics"]["frechet_distance"] > 1
+    np.savez(tmp_path / "both.npz", arr_0=samples, mu=np.zeros(2048), sigma=np.eye(2048))
+    both = run(folder, reference=tmp_path / "both.npz", output_dir=tmp_path / "both", num_images=110)
+    assert both["metrics"]["frechet_distance"] == pytest.approx(0, abs=1e-4), "the statistics are Inception's"
+
+
+def test_pictures_can_be_asked_for_later_and_figures_changed_without_new_samples(folder, tmp_path, monkeypatch):
+    first = run(folder, output_dir=tmp_path / "out", num_images=110)
+    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 100
+    later = run(folder, output_dir=tmp_path / "out", num_images=110, save_images="png")
+    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 110
+    assert later["metrics"] == first["metrics"]
+    monkeypatch.setattr(DJEPAPipeline, "__call__", lambda *_, **__: pytest.fail("the samples are there"))
+    changed = run(folder, output_dir=tmp_path / "out", num_images=110, kernel_subset_size=50)
+    assert changed["metrics"]["kernel_subset_size"] == 50
+    assert changed["metrics"]["frechet_distance"] == first["metrics"]["frechet_distance"]
+    assert changed["metrics"]["kernel_distance"] != first["metrics"]["kernel_distance"]
+
+
+def test_classes_go_by_name(tmp_path, digits):
+    """Folders are read in alphabetical order, a model's classes may have any."""
+    images, labels = digits[0]
+    for image, label in zip(images[:300], labels[:300].tolist(), strict=True):
+        place = tmp_path / "classes" / f"{'zero' if label == 0 else label}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = (image[0].numpy() * 255).round().astype(np.uint8)
+        Image.fromarray(pixels).save(place / f"{len(list(place.iterdir()))}.png")
+    names = {i: str(i) for i in range(1, 10)} | {0: "zero"}
+    pipe = tiny_pipeline(id2label=names)
+    pipe.save_pretrained(tmp_path / "pipe")
+    classes = str(tmp_path / "classes")
+    options = {"reference": classes, "extractor": "classifier", "classifier_data": classes}
+    args = EvaluationArguments(str(tmp_path / "pipe"), **options)
+    judge = args.load_extractor(pipe)
+    _, logits = judge(images[:300])
+    assert class_agreement(logits, labels[:300], judge) > 0.95
+    reference = args.load_reference(pipe, judge, start_processes())
+    assert class_agreement(reference.logits, reference.labels, judge) > 0.95
+    with pytest.raises(ValueError, match="zero"):
+        args.load_extractor(tiny_pipeline(id2label={i: str(i) for i in range(10)}))
+
+
+def test_results_have_a_place(folder):
+    options = {"reference": "digits"}
+    assert EvaluationArguments(str(folder), **options).folder("evaluation") == folder / "evaluation"
+    assert EvaluationArguments("org/model", **options).folder("grid") == Path("outputs/model/grid")
+    assert EvaluationArguments("org/model", output_dir="there", **options).folder("grid") == Path("there")
 
 
 def test_references_that_do_not_fit(folder, tmp_path, judge):
@@ -214,17 +290,22 @@ def test_references_that_do_not_fit(folder, tmp_path, judge):
     refuse(r"`mu` must be \(d,\) and `sigma` \(d, d\), got \(7,\) and \(6, 6\)", mu=np.zeros(7), sigma=np.eye(6))
     refuse("`mu` and `sigma` must be finite", mu=np.full(3, np.nan), sigma=np.eye(3))
     refuse("must hold samples .`arr_0`. or statistics", other=np.zeros(3))
-    refuse("has 3 images; 4 are needed", arr_0=levels[:3])
+    refuse("has 3 images; 4 are needed", arr_0=levels[:3] + np.arange(3, dtype=np.uint8)[:, None, None, None])
+    refuse("All images have the same features", arr_0=levels)
+    refuse("There are no images", arr_0=levels[:0])
     (tmp_path / "b.npz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"cannot be read as an \.npz file"):
-        run(folder, reference=tmp_path / "b.npz", output_dir=tmp_path / "out")
+    (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-60])
+    for name in ("b.npz", "c.npz", "nowhere.npz"):
+        with pytest.raises(ValueError, match=r"cannot be read as an \.npz file"):
+            run(folder, reference=tmp_path / name, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists(), "all of it before anything is generated"
 
 
 def test_bad_options_are_refused_before_anything_is_generated(folder, tmp_path):
     out = tmp_path / "out"
     for options, message in (
-        ({"num_images": 3}, "`num_images` must be at least 4"),
+        ({"num_images": 19}, "`num_images` must be at least 20 for all metrics, got 19"),
+        ({"kernel_subset_size": 1}, "`kernel_subset_size` must be at least 2, got 1"),
         ({"kernel_subset_size": 100}, "is 100, but there are 60 generated and 450 real images: generate more, or make"),
         ({"solver": "ddim"}, "The solvers for the objective 'flow_matching' are euler, heun, midpoint, got 'ddim'"),
         ({"num_inference_steps": 17}, r"`num_inference_steps` must lie in 1\.\.16"),
@@ -259,12 +340,16 @@ class Channels(torch.nn.Module):
         return self.scale * torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3)), images.amax((1, 2, 3))], dim=1)
 
 
-def test_any_network_extracts(folder, tmp_path):
-    options = {"extractor": "test_evaluation:Channels", "reference": "digits", "output_dir": tmp_path / "out"}
+def run_without_classifier(folder, **options):
     argv = command_line(folder, **options)
     at = argv.index("--classifier_data")
     evaluate_pipeline.main(argv[:at] + argv[at + 2 :])
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    return json.loads((options["output_dir"] / "result.json").read_text())
+
+
+def test_any_network_extracts(folder, tmp_path):
+    options = {"extractor": "test_evaluation:Channels", "reference": "digits", "output_dir": tmp_path / "out"}
+    result = run_without_classifier(folder, **options)
     assert result["protocol"]["extractor"].startswith("test_evaluation:Channels (")
     assert {"frechet_distance", "recall"} < set(result["metrics"])
     assert not {"inception_score", "class_agreement", "real_images"} & {*result["metrics"], *result}
@@ -277,7 +362,41 @@ def test_any_network_extracts(folder, tmp_path):
             CustomExtractor(name)
 
 
-def test_inception_says_what_it_needs():
+def test_inception_is_torch_fidelitys(monkeypatch, tmp_path):
+    """A stand-in for a network that comes with 90 MB of weights."""
+
+    class Network(torch.nn.Module):
+        def __init__(self, name, features_list, feature_extractor_weights_path=None):
+            super().__init__()
+            if feature_extractor_weights_path is None:
+                raise URLError("no network")
+            assert features_list == ["2048", "logits_unbiased"]
+            self.norm = torch.nn.BatchNorm2d(3)
+
+        def forward(self, images):
+            assert (images.dtype, images.shape[1]) == (torch.uint8, 3)
+            features = self.norm(images.float()).flatten(1)
+            return features[:, :20], features[:, :5]
+
+    module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = Network
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.save({}, tmp_path / "weights.pth")
+    extractor, images = InceptionExtractor(str(tmp_path / "weights.pth")), torch.rand(4, 1, 8, 8)
+    features, logits = extractor(images)
+    assert (features.shape, logits.shape) == ((4, 20), (4, 5))
+    torch.testing.assert_close(extractor(images[:1])[0], features[:1], msg="an image knows nothing of its neighbours")
+    for path, message in ((None, "cannot be had .*no network"), ("nowhere.pth", "cannot be had .*No such file")):
+        with pytest.raises(ValueError, match=message):
+            InceptionExtractor(path)
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(os.getcwd))
+    with pytest.raises(ValueError, match="holds more than weights, and could run code"):
+        InceptionExtractor(str(tmp_path / "code.pth"))
+
+
+def test_inception_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ValueError, match=r"needs torch-fidelity: pip install 'djepa_hf\[eval\]'"):
         InceptionExtractor()
 
@@ -340,8 +459,16 @@ def test_a_grid_search_finds_the_best_and_goes_on(folder, tmp_path, monkeypatch,
     refined = search(refinements=1)
     assert len(refined["cells"]) == 3
     assert made == ["guidance1.5_temperature1_steps2_denoising2"], "only the new cell is sampled"
-    with pytest.raises(ValueError, match="`refinements` must not be negative"):
-        search(refinements=-1)
+    for bad, message in (
+        ({"refinements": -1}, "`refinements` must not be negative"),
+        ({"temperatures": [1, -1]}, "`temperature` must be finite and not negative, got -1"),
+        ({"denoising_steps": [0]}, "`num_denoising_steps` must be at least 1, got 0"),
+        ({"inference_steps": [17]}, "`num_inference_steps` must lie in"),
+        ({"solvers": ["ddim"]}, "The solvers for the objective 'flow_matching' are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search(**bad)
+    assert len(made) == 1, "wrong values are refused before anything is sampled"
     assert "Best: guidance " in capsys.readouterr().out
 
 

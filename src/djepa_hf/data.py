@@ -90,7 +90,7 @@ def load_training_data(
     dataset_name: str | None = None,
     train_data_dir: str | Path | None = None,
     image_column: str = "image",
-    label_column: str = "label",
+    label_column: str | None = "label",
     dataset_config_name: str | None = None,
     data_files: str | list[str] | None = None,
     streaming: bool = False,
@@ -104,7 +104,8 @@ def load_training_data(
         dataset_name (`str`, *optional*): `"digits"`; a data set of the Hub (or a local folder that `datasets` can
             load); or a format that `datasets` reads, such as `"parquet"` or `"webdataset"`, with `data_files`.
         train_data_dir (`str`, *optional*): a folder of images instead, see [`load_image_folder`].
-        image_column, label_column (`str`): where the images and classes of a Hub data set are.
+        image_column, label_column (`str`): where the images and classes of a Hub data set are; without the second there
+            are no classes.
         dataset_config_name (`str`, *optional*): a configuration of the data set.
         data_files (`str` or list of them, *optional*): the files of a format; patterns such as `shards/*.tar` do.
         streaming (`bool`, defaults to `False`): whether to read the data while training, without downloading all.
@@ -128,7 +129,7 @@ def load_training_data(
     if data.features is None:
         data = data._resolve_features()
     for option, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in data.column_names:
+        if column is not None and column not in data.column_names:
             closest = difflib.get_close_matches(column, data.column_names, n=1, cutoff=0.0)
             raise ValueError(
                 f"{dataset_name} has no column {column!r} (`{option}`); it has {', '.join(data.column_names)}. "
@@ -136,6 +137,8 @@ def load_training_data(
             )
     if not isinstance(data.features[image_column], datasets.Image):
         raise ValueError(f"Column {image_column!r} of {dataset_name} holds {data.features[image_column]}, not images.")
+    if label_column is None:
+        return data.select_columns([image_column]).rename_columns({image_column: "image"})
     data = data.select_columns([image_column, label_column])
     names = {image_column: "image", label_column: "label"}
     if renamed := {old: new for old, new in names.items() if old != new}:

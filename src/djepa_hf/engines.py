@@ -5,6 +5,7 @@ decides what is computed in half precision, so that one process and many, whole 
 """
 
 import copy
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -17,7 +18,8 @@ from .modeling_djepa import DJEPAForPreTraining, DJEPAModel
 
 def start_processes() -> PartialState:
     """The processes of `accelerate launch` or `torchrun`, for scripts that train nothing; `device` is this one's."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which PartialState does not read by itself
+    # PartialState does not read the variable by itself; and processes that are done wait long for the one that measures
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
 
 
 def start_engine(accelerator: Accelerator, accumulation_steps: int) -> str:

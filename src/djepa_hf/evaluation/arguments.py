@@ -1,9 +1,11 @@
-"""Options that the scripts of evaluation share, and the extractor and reference that they ask for."""
+"""Options that the scripts of evaluation share, and the pipeline, extractor and reference that they ask for."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..arguments import option
@@ -18,7 +20,7 @@ class EvaluationArguments:
     """What to evaluate, and against what."""
 
     pipeline: str = option(None, "A pipeline folder, or its id on the Hub.")
-    output_dir: str | None = option(None, "Where samples and results go; `evaluation` in the pipeline's folder.")
+    output_dir: str | None = option(None, "Where samples and results go; by default into the pipeline's folder.")
     reference: str | None = option(
         None, "Real images: 'digits', a data set, a folder, or an .npz file of samples or of `mu` and `sigma`."
     )
@@ -39,17 +41,20 @@ class EvaluationArguments:
     def __post_init__(self):
         if self.pipeline is None or self.reference is None:
             raise ValueError(f"`{'pipeline' if self.pipeline is None else 'reference'}` is missing.")
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {self.dtype!r}.")
         if (self.extractor == CLASSIFIER) != (self.classifier_data is not None):
             raise ValueError("`classifier_data` goes with `extractor` 'classifier': pass both or neither.")
 
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return Path(self.output_dir) if self.output_dir else Path(self.pipeline) / "evaluation"
+    def folder(self, name: str) -> Path:
+        """Where results go: `output_dir`, or a folder of that name in the pipeline's, or in `outputs` for a Hub id."""
+        if self.output_dir:
+            return Path(self.output_dir)
+        place = Path(self.pipeline)
+        return (place if place.is_dir() else Path("outputs") / place.name) / name
 
     def load_pipeline(self, device: torch.device) -> DJEPAPipeline:
         """The pipeline, without its progress bar."""
@@ -57,29 +62,55 @@ class EvaluationArguments:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def reference_images(self) -> RealImages:
+        """The real images to compare with."""
+        return RealImages(self.reference, self.reference_split, self.image_column, self.label_column)
+
+    def classifier_images(self) -> RealImages:
+        """Those that the classifier learns from."""
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        return RealImages(self.classifier_data, self.classifier_split, **columns, needs_classes=True)
+
     def load_extractor(self, pipe: DJEPAPipeline) -> nn.Module:
-        """The network whose features count, on the pipeline's device."""
+        """
+        The network whose features count, on the pipeline's device.
+
+        Raises:
+            ValueError: if it cannot be had, or a classifier's data have classes that the model does not know.
+        """
         if self.extractor == INCEPTION:
             return InceptionExtractor(self.inception_weights_path).to(pipe.device)
         if self.extractor != CLASSIFIER:
             return CustomExtractor(self.extractor).to(pipe.device)
-        images, labels = self.classifier_images(pipe)
-        return ClassifierExtractor(images.float() / 255, labels).to(pipe.device)
-
-    def classifier_images(self, pipe: DJEPAPipeline) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Images that the classifier is trained on, uint8, and their classes.
-
-        Raises:
-            ValueError: if they have none.
-        """
-        real = RealImages(self.classifier_data, self.classifier_split, self.image_column, self.label_column)
+        real = self.classifier_images()
+        ids = model_ids(pipe, real)
         batches = list(real.batches(*image_size(pipe), self.batch_size))
-        if batches[0][1] is None:
-            raise ValueError(f"`classifier_data` {self.classifier_data} has no classes.")
-        return torch.cat([images for images, _ in batches]), torch.tensor([i for _, part in batches for i in part])
+        images, labels = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+        return ClassifierExtractor(images.float() / 255, ids[labels]).to(pipe.device)
 
-    def load_reference(self, pipe: DJEPAPipeline, extractor: nn.Module) -> Reference:
-        """The real images to compare with, in an extractor's features."""
-        real = RealImages(self.reference, self.reference_split, self.image_column, self.label_column)
-        return load_reference(real, extractor, *image_size(pipe), self.batch_size, pipe.device)
+    def load_reference(self, pipe: DJEPAPipeline, extractor: nn.Module, state: PartialState) -> Reference:
+        """
+        The real images to compare with, in an extractor's features; without the features on all but the main process.
+        """
+        reference, light = None, None
+        if state.is_main_process:
+            real = self.reference_images()
+            reference = load_reference(real, extractor, *image_size(pipe), self.batch_size, pipe.device)
+            light = Reference(reference.about, reference.width)
+            if reference.labels is not None:
+                try:
+                    reference.labels = model_ids(pipe, real)[reference.labels]
+                except ValueError:
+                    reference.labels = None  # of other classes than the model's, which is no harm here
+        (light,) = broadcast_object_list([light])
+        return reference or light
+
+
+def model_ids(pipe: DJEPAPipeline, real: RealImages) -> torch.Tensor:
+    """
+    The model's id of each class of real images, by name, `(classes,)`.
+
+    Raises:
+        ValueError: if the model knows no class of that name; the closest are given.
+    """
+    return torch.tensor(pipe.get_label_ids(real.open().names))

@@ -47,6 +47,7 @@ class InceptionExtractor(nn.Module):
                 "`inception_weights_path`, or another `extractor`."
             ) from error
         self.network = network
+        self.eval()  # older versions leave it in training mode
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images `(n, 1 or 3, height, width)` in [0, 1] to features `(n, 2048)` and logits `(n, 1008)`."""

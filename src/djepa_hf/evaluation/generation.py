@@ -85,7 +85,8 @@ def generate(
     (folder / "images").mkdir(exist_ok=True)
     starts = range(0, num_images, batch_size)
     mine = [(j, start) for j, start in enumerate(starts) if j % state.num_processes == state.process_index]
-    left = [(j, start) for j, start in mine if not _path(parts, j).is_file()]
+    num_pictures = num_images if save_images else min(num_images, KEPT_PICTURES)
+    left = [(j, start) for j, start in mine if not _is_done(folder, j, start, batch_size, num_pictures)]
     count = sum(min(batch_size, num_images - start) for _, start in mine)
     done = count - sum(min(batch_size, num_images - start) for _, start in left)
     is_shown = state.is_main_process and left
@@ -102,23 +103,33 @@ def generate(
                 i = ids[int(finite.logical_not().nonzero()[0])]
                 raise ValueError(f"Image {i} is not finite: the weights are damaged, or half precision was too coarse.")
             levels = (images * 255).round().to(torch.uint8)  # what a picture file would hold
-            _keep_pictures(levels, ids, folder / "images", num_images if save_images else KEPT_PICTURES)
+            _keep_pictures(levels, ids, folder / "images", num_pictures)
             features, logits = extractor(levels.to(pipe.device).float() / 255)
             tensors = {"features": features.float().cpu(), "labels": torch.tensor(classes)}
             if logits is not None:
                 tensors["logits"] = logits.float().cpu()
             is_constant = (levels.flatten(1) == levels.flatten(1)[:, :1]).all(1)
-            about = {"seconds": repr(seconds), "constant": str(int(is_constant.sum()))}
+            if not features.isfinite().all():
+                raise ValueError(f"The features of images {ids[0]} to {ids[-1]} are not finite.")
+            # of all processes together, which share the work: another start may have other ones
+            about = {"seconds": repr(seconds / state.num_processes), "constant": str(int(is_constant.sum()))}
             unfinished = parts / f"{j:06d}.unfinished"
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, about)
             os.replace(unfinished, _path(parts, j))
             progress.update(len(ids))
     state.wait_for_everyone()
-    return _collect(parts, len(starts), state.num_processes) if state.is_main_process else None
+    return _collect(parts, len(starts)) if state.is_main_process else None
 
 
 def _path(parts: Path, j: int) -> Path:
     return parts / f"{j:06d}.safetensors"
+
+
+def _is_done(folder: Path, j: int, start: int, batch_size: int, num_pictures: int) -> bool:
+    """Whether a batch's features and all its pictures that are to be kept are there."""
+    pictures = range(start, min(start + batch_size, num_pictures))
+    is_kept = all((folder / "images" / f"{i:06d}.png").is_file() for i in pictures)
+    return is_kept and _path(folder / "batches", j).is_file()
 
 
 def _keep_pictures(levels: torch.Tensor, ids: range, folder: Path, most: int):
@@ -128,7 +139,7 @@ def _keep_pictures(levels: torch.Tensor, ids: range, folder: Path, most: int):
             Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(folder / f"{i:06d}.png")
 
 
-def _collect(parts: Path, count: int, num_processes: int) -> Generated:
+def _collect(parts: Path, count: int) -> Generated:
     columns: dict[str, list[torch.Tensor]] = {}
     seconds, constant = 0.0, 0
     for j in range(count):
@@ -141,5 +152,4 @@ def _collect(parts: Path, count: int, num_processes: int) -> Generated:
     features = tensors["features"]
     if len(features) > 1 and bool((features == features[0]).all()):
         raise ValueError(f"All {len(features)} images have the same features: the model draws one picture only.")
-    rate = len(features) / (seconds / num_processes)
-    return Generated(features, tensors.get("logits"), tensors["labels"], rate, constant)
+    return Generated(features, tensors.get("logits"), tensors["labels"], len(features) / seconds, constant)

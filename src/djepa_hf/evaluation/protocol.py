@@ -1,8 +1,9 @@
 """One evaluation from beginning to end, with everything in its result that its figures depend on."""
 
+import inspect
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import transformers
 from accelerate import PartialState
 from torch import nn
 
-from ..engines import start_processes
 from ..json_files import write_json
 from ..latent_cache import weight_hash
 from ..latents import height_and_width, vae_stride
@@ -45,7 +45,7 @@ class Protocol:
     """
 
     num_images: int
-    sampling: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any]
     labels: str = "balanced"
     seed: int = 0
     batch_size: int = 64
@@ -72,97 +72,143 @@ def image_size(pipe: DJEPAPipeline) -> tuple[tuple[int, int] | int, int]:
     return (height if height == width else (height, width)), channels
 
 
-def measure(
-    pipe: DJEPAPipeline,
-    source: str,
-    folder: Path,
-    protocol: Protocol,
-    extractor: nn.Module,
-    reference: Reference,
-    save_images: bool = False,
-    state: PartialState | None = None,
-    title: str = "generating",
-) -> dict | None:
+def with_solver(pipe: DJEPAPipeline, solver: str | None) -> DJEPAPipeline:
+    """A pipeline of the same components with another solver, if one is asked for."""
+    if solver is None:
+        return pipe
+    scheduler = solver_for(pipe.transformer.config.objective, solver, pipe.scheduler)
+    pipe = DJEPAPipeline(pipe.transformer, scheduler, pipe.vae)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def check_protocol(pipe: DJEPAPipeline, protocol: Protocol):
+    """Raises a `ValueError` for the first option that cannot be right; needs neither images nor an extractor."""
+    image_size(pipe)
+    options = {"num_images_per_label": 1, "output_type": "pil", **protocol.sampling}
+    with_solver(pipe, protocol.solver).check_inputs(1, **options)
+    for name in ("num_images", "batch_size"):
+        if getattr(protocol, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(protocol, name)}.")
+
+
+class Evaluation:
     """
-    Generates, measures, and writes `result.json` into a folder. Called again, it goes on where it was, and measures
-    nothing twice.
+    A pipeline, and what its images are measured with.
 
     Args:
-        pipe ([`DJEPAPipeline`]): on its device, the extractor's, too; its scheduler stays as it is.
+        pipe ([`DJEPAPipeline`]): on its device; stays as it is.
         source (`str`): where the pipeline came from, for the result.
-        folder (`Path`): of this evaluation alone.
-        protocol ([`Protocol`]): how.
-        extractor (`nn.Module`), reference ([`Reference`]): in which features, and against what.
-        save_images, state, title: as in [`generate`].
-
-    Returns:
-        `dict`: `metrics`, `protocol` and `environment`, on the main process; nothing on the others.
-
-    Raises:
-        ValueError: before anything is generated, if options are wrong or the folder holds samples that were drawn with
-            others.
+        extractor (`nn.Module`): in whose features images are compared; on the same device.
+        reference ([`Reference`]): against what.
+        state ([`~accelerate.PartialState`]): the processes.
     """
-    state = state or start_processes()
-    config = pipe.transformer.config
-    solver = protocol.solver or _solver_name(pipe)
-    if protocol.solver is not None:
-        pipe = DJEPAPipeline(pipe.transformer, solver_for(config.objective, solver, pipe.scheduler), pipe.vae)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.check_inputs(1, num_images_per_label=1, output_type="pil", **protocol.sampling)
-    size, channels = image_size(pipe)
-    probe = torch.zeros(1, channels, *height_and_width(size), device=pipe.device)
-    check_counts(protocol.num_images, reference, extractor(probe)[0].shape[1], protocol.kernel_subset_size)
-    about = {
-        "pipeline": source,
-        "weights": config.weights,
-        "weights_sha256": weight_hash(pipe.transformer),
-        "objective": config.objective,
-        **asdict(protocol),
-        "solver": solver,
-        "scheduler": {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "extractor": fingerprint(extractor),
-        "reference": reference.about,
-    }
-    about = json.loads(json.dumps(about, default=str))  # as it will be read back
-    _check_protocol(folder, about)
-    if (folder / RESULT).is_file():
-        return json.loads((folder / RESULT).read_text())
-    state.wait_for_everyone()  # before the protocol that they check is written
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PROTOCOL, about)
-    state.wait_for_everyone()
-    drawn = (protocol.num_images, protocol.batch_size, protocol.sampling, protocol.labels, protocol.seed)
-    generated = generate(pipe, extractor, state, folder, *drawn, save_images, title)
-    if generated is None:
-        return None
-    metrics = score(generated, reference, extractor, protocol.kernel_subset_size, protocol.seed)
-    result = {
-        "metrics": {**metrics, "constant_images": generated.num_constant},
-        "protocol": about,
-        "environment": {
-            "device": torch.cuda.get_device_name() if pipe.device.type == "cuda" else platform.processor() or "cpu",
-            "processes": state.num_processes,
-            "images_per_second": round(generated.images_per_second, 3),
-            "versions": {
-                module.__name__: module.__version__
-                for module in (torch, diffusers, transformers, accelerate, torchmetrics, evaluate)
+
+    def __init__(
+        self, pipe: DJEPAPipeline, source: str, extractor: nn.Module, reference: Reference, state: PartialState
+    ):
+        self.pipe, self.source, self.extractor, self.reference, self.state = pipe, source, extractor, reference, state
+        pipe.set_progress_bar_config(disable=True)
+        size, channels = image_size(pipe)
+        features, logits = extractor(torch.zeros(1, channels, *height_and_width(size), device=pipe.device))
+        self.width, self.has_logits = features.shape[1], logits is not None
+        config = pipe.transformer.config
+        self.about = {
+            "pipeline": source,
+            "weights": config.weights,
+            "weights_sha256": weight_hash(pipe.transformer),
+            "vae_sha256": None if pipe.vae is None else weight_hash(pipe.vae),
+            "objective": config.objective,
+            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+            "extractor": fingerprint(extractor),
+        }
+
+    def measure(
+        self, folder: Path, protocol: Protocol, save_images: bool = False, title: str = "generating"
+    ) -> dict | None:
+        """
+        Generates, measures, and writes `result.json` into a folder. Called again, it goes on where it was, and does
+        nothing twice.
+
+        Args:
+            folder (`Path`): of these samples alone.
+            protocol ([`Protocol`]): how.
+            save_images, title: as in [`generate`].
+
+        Returns:
+            `dict`: `metrics`, `protocol` and `environment`, on the main process; nothing on the others.
+
+        Raises:
+            ValueError: before anything is generated, if options are wrong or the folder holds samples that were drawn
+                with others.
+        """
+        check_protocol(self.pipe, protocol)
+        counts = protocol.num_images, self.reference, self.width, self.has_logits, protocol.kernel_subset_size
+        check_counts(*counts)
+        pipe = with_solver(self.pipe, protocol.solver)
+        drawn, measured = self._describe(pipe, protocol)
+        _check_drawn_alike(folder, drawn)
+        self.state.wait_for_everyone()  # before the protocol that they check is written
+        if self.state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / PROTOCOL, drawn)
+        earlier = json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else None
+        self.state.wait_for_everyone()
+        is_known = earlier is not None and earlier["protocol"] == {**drawn, **measured}
+        if is_known and not save_images:
+            return earlier if self.state.is_main_process else None
+        generated = generate(
+            pipe,
+            self.extractor,
+            self.state,
+            folder,
+            num_images=protocol.num_images,
+            batch_size=protocol.batch_size,
+            options=protocol.sampling,
+            labels=protocol.labels,
+            seed=protocol.seed,
+            save_images=save_images,
+            title=title,
+        )
+        if generated is None or is_known:
+            return earlier if self.state.is_main_process else None
+        options = {"kernel_subset_size": protocol.kernel_subset_size, "seed": protocol.seed, "device": pipe.device}
+        metrics = score(generated, self.reference, self.extractor, **options)
+        result = {
+            "metrics": {**metrics, "constant_images": generated.num_constant},
+            "protocol": {**drawn, **measured},
+            "environment": {
+                "device": _device_name(pipe.device),
+                "processes": self.state.num_processes,
+                "images_per_second": float(f"{generated.images_per_second:.4g}"),
+                "versions": {
+                    module.__name__: module.__version__
+                    for module in (torch, diffusers, transformers, accelerate, torchmetrics, evaluate)
+                },
             },
-        },
-    }
-    write_json(folder / RESULT, result)
-    return result
+        }
+        write_json(folder / RESULT, result)
+        return result
+
+    def _describe(self, pipe: DJEPAPipeline, protocol: Protocol) -> tuple[dict, dict]:
+        """What samples depend on, and what figures depend on besides; as JSON will give it back."""
+        options = asdict(protocol)
+        measured = {"kernel_subset_size": options.pop("kernel_subset_size"), "reference": self.reference.about}
+        if "temperature" not in inspect.signature(pipe.scheduler.step).parameters:
+            options["sampling"] = {**options["sampling"], "temperature": None}  # it has none
+        scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+        drawn = {**self.about, **options, "solver": protocol.solver or _solver_name(pipe), "scheduler": scheduler}
+        return tuple(json.loads(json.dumps(part, default=str)) for part in (drawn, measured))
 
 
-def _check_protocol(folder: Path, about: dict):
+def _check_drawn_alike(folder: Path, drawn: dict):
     path = folder / PROTOCOL
     if not path.is_file():
         return
     earlier = json.loads(path.read_text())
-    differing = [name for name in about if earlier.get(name) != about[name]]
+    differing = [name for name in drawn if earlier.get(name) != drawn[name]]
     if differing:
-        lists = "; ".join(f"{name} was {earlier.get(name)}, is {about[name]}" for name in differing)
+        lists = "; ".join(f"{name} was {earlier.get(name)}, is {drawn[name]}" for name in differing)
         raise ValueError(
             f"{folder} holds samples that were drawn otherwise ({lists}): choose another `output_dir`, or remove it."
         )
@@ -173,3 +219,9 @@ def _solver_name(pipe: DJEPAPipeline) -> str:
         return pipe.scheduler.config.solver
     names = {kind: name for name, kind in SOLVERS[pipe.transformer.config.objective].items()}
     return names.get(type(pipe.scheduler), type(pipe.scheduler).__name__)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine() if device.type == "cpu" else device.type

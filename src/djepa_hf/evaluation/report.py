@@ -1,5 +1,7 @@
 """Results for people and for the Hub: a table, a line for each figure, and the metadata of a model card."""
 
+from pathlib import Path
+
 from huggingface_hub import EvalResult
 
 from ..model_card import TASK
@@ -13,7 +15,11 @@ _FIGURES = {
     "recall": ("recall", "Recall", 4),
     "class_agreement": ("accuracy", "Class agreement", 4),
 }
-_PLAIN_NAMES = {"frechet_distance": "Fréchet distance", "kernel_distance": "Kernel distance"}
+_PLAIN_NAMES = {
+    "frechet_distance": "Fréchet distance",
+    "kernel_distance": "Kernel distance",
+    "inception_score": "Score of the classifier",
+}
 
 
 def figures(result: dict) -> dict[str, float]:
@@ -47,11 +53,12 @@ def eval_results(result: dict) -> list[EvalResult]:
     """The figures as metadata of a model card, each with its protocol."""
     protocol = result["protocol"]
     reference = protocol["reference"]
-    about = {**TASK, "dataset_type": reference["source"], "dataset_name": reference["source"]}
+    name = Path(reference["source"]).name if Path(reference["source"]).exists() else reference["source"]
+    about = {**TASK, "dataset_type": name, "dataset_name": name}
     if reference.get("split"):
         about |= {"dataset_split": reference["split"]}
-    settings = {**protocol["sampling"], "solver": protocol["solver"], "num_images": protocol["num_images"]}
-    settings |= {"labels": protocol["labels"], "seed": protocol["seed"], "extractor": protocol["extractor"]}
+    settings = {name: value for name, value in protocol["sampling"].items() if value is not None}
+    settings |= {name: protocol[name] for name in ("solver", "num_images", "labels", "seed", "dtype", "extractor")}
     return [
         EvalResult(
             **about,

@@ -21,7 +21,8 @@ SOLVERS = {
 
 def solver_for(objective: str, name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     """
-    A scheduler that samples in another way, with the noise path and timesteps of the one given.
+    A scheduler that samples in another way, with the configuration of the one given: its noise path above all. Those of
+    diffusers choose timesteps in their own way, and know no temperature.
 
     Args:
         objective (`str`): of the model.

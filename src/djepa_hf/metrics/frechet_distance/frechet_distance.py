@@ -50,7 +50,7 @@ class FrechetDistance(evaluate.Metric):
             metric.update(reference, real=True)
         _check_count("predictions", len(predictions))
         metric.update(predictions, real=False)
-        return {"frechet_distance": metric.compute().item()}
+        return {"frechet_distance": max(0.0, metric.compute().item())}  # rounding may leave it just below
 
 
 class _Features(torch.nn.Identity):

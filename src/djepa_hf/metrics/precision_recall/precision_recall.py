@@ -16,6 +16,7 @@ Args:
     reference: features of real images, (m, d), more than k.
     k: neighbours, 3 if not given, as in the paper.
     batch_size: rows of distances at a time, 2048 if not given.
+    device: where to compute, the CPU if not given.
 Returns:
     precision (float), recall (float)
 """
@@ -32,19 +33,21 @@ class PrecisionRecall(evaluate.Metric):
         info.format = "numpy"  # set here, because evaluate's check knows single numbers alone
         return info
 
-    def _compute(self, predictions, reference, k=3, batch_size=2048):
+    def _compute(self, predictions, reference, k=3, batch_size=2048, device="cpu"):
         sets = {"predictions": np.asarray(predictions), "reference": np.asarray(reference)}
         for name, features in sets.items():
             if len(features) <= k:
                 raise ValueError(
                     f"Precision and recall with k = {k} need over {k} images; `{name}` has {len(features)}."
                 )
-        fake, real = (torch.as_tensor(features).float() for features in sets.values())
+        fake, real = (torch.as_tensor(features).float().to(device) for features in sets.values())
         if fake.shape[1] != real.shape[1]:
             raise ValueError(
                 f"`predictions` have {fake.shape[1]} features, `reference` has {real.shape[1]}: they come from "
                 "different networks."
             )
+        centre = real.mean(0)  # small numbers: distances by products of large ones are not exact
+        fake, real = fake - centre, real - centre
         radii = {"fake": radii_of(fake, k, batch_size), "real": radii_of(real, k, batch_size)}
         return {
             "precision": share_covered(fake, real, radii["real"], batch_size),
@@ -52,16 +55,29 @@ class PrecisionRecall(evaluate.Metric):
         }
 
 
-def distances(rows: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    # by differences, not by the product, which is not exact enough to find a point at distance 0 from itself
-    return torch.cdist(rows, features, compute_mode="donot_use_mm_for_euclid_dist")
+def distances(rows: torch.Tensor, features: torch.Tensor, of_all: int) -> torch.Tensor:
+    """
+    Euclidean distances, (rows, features). By differences where `of_all` rows take seconds only: equal points, of which
+    real data have some, are at distance 0 then, and not nearly so, as they are by products.
+    """
+    is_small = of_all * features.numel() <= 1e10
+    mode = "donot_use_mm_for_euclid_dist" if is_small else "use_mm_for_euclid_dist"
+    return torch.cdist(rows, features, compute_mode=mode)
 
 
 def radii_of(features: torch.Tensor, k: int, batch_size: int) -> torch.Tensor:
     """Distance of each point to its k-th neighbour, itself left out, (n,)."""
-    return torch.cat([distances(rows, features).kthvalue(k + 1, dim=1).values for rows in features.split(batch_size)])
+    radii = []
+    for start in range(0, len(features), batch_size):
+        rows = features[start : start + batch_size]
+        between = distances(rows, features, len(features))
+        own = torch.arange(len(rows), device=features.device)
+        between[own, start + own] = torch.inf
+        radii.append(between.topk(k, dim=1, largest=False).values[:, -1])
+    return torch.cat(radii)
 
 
 def share_covered(points: torch.Tensor, features: torch.Tensor, radii: torch.Tensor, batch_size: int) -> float:
-    covered = [(distances(rows, features) <= radii).any(dim=1) for rows in points.split(batch_size)]
-    return torch.cat(covered).double().mean().item()
+    """Share of points within the radius of one of the features, each with its own radius."""
+    covered = [(distances(rows, features, len(points)) <= radii).any(dim=1) for rows in points.split(batch_size)]
+    return torch.cat(covered).sum().item() / len(points)
