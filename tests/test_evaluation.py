@@ -109,7 +109,7 @@ def test_a_result_says_everything(folder, capsys):
         "float32",
     )
     assert protocol["reference"]["images"] == 450
-    assert len(protocol["reference"]["sha256_of_features"]) == len(protocol["weights_sha256"]) == 16
+    assert len(protocol["reference"]["sha256"]) == len(protocol["weights_sha256"]) == 16
     assert protocol["extractor"].startswith("classifier (")
     assert result["environment"]["images_per_second"] > 0
     assert result["environment"]["versions"]["torch"] == torch.__version__
@@ -195,9 +195,8 @@ def test_processes_share_the_work_and_make_the_same_images(folder, tmp_path):
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert one["metrics"] == two["metrics"]
     assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
-    again = subprocess.run(
-        [*argv, "--save_images", "npz"], env=environment, capture_output=True, text=True, check=False
-    )
+    argv += ["--save_images", "npz"]
+    again = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr[-3000:]
     assert again.stdout.count("Class agreement: ") == 1, "the main process alone tells"
     with np.load(tmp_path / "two" / "samples.npz") as file:
@@ -285,6 +284,8 @@ def test_references_that_do_not_fit(folder, tmp_path, judge):
 
     levels = np.zeros((5, 8, 8, 1), np.uint8)
     refuse(r"must have shape \(n, 8, 8, 1 or 3\), like the generated images, got \(5, 7, 8, 1\)", arr_0=levels[:, 1:])
+    colours = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    refuse("holds colour images, the generated ones are grey", arr_0=colours)
     refuse("must hold levels from 0 to 255 .uint8., got float64", arr_0=levels / 255)
     refuse("holds statistics of 7 features, this extractor has 100", mu=np.zeros(7), sigma=np.eye(7))
     refuse(r"`mu` must be \(d,\) and `sigma` \(d, d\), got \(7,\) and \(6, 6\)", mu=np.zeros(7), sigma=np.eye(6))
