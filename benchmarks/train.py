@@ -10,16 +10,14 @@ step's floating-point operations (`djepa_hf.accounting`) over what that product 
 
 import itertools
 import json
-import platform
-import resource
 import statistics
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
+from machine import clock, device, peak_memory, processor, product_rate
 from tqdm.auto import tqdm
 
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining
@@ -45,27 +43,6 @@ class BenchmarkArguments:
     rounds: int = field(default=5, metadata={"help": "Steps of each variant, after one that does not count."})
     compile: bool = field(default=False, metadata={"help": "Whether to compile the blocks of the networks."})
     output_path: str = field(default="benchmarks/results/train.json", metadata={"help": "Where the figures go."})
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def product_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """Operations per second of a matrix product."""
-    first, second = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(repeats + 1):
-        started = clock()
-        first @ second
-        times.append(clock() - started)
-    return 2 * size**3 / statistics.median(times[1:])
 
 
 class Steps:
@@ -153,7 +130,7 @@ def main(argv: list[str] | None = None):
         "compiled": args.compile,
         "train_batch_size": args.train_batch_size,
         "draws_per_token": steps.model.config.diffusion_batch_mul,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "device": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "gflops_per_step": round(flops / 1e9, 1),
@@ -167,21 +144,6 @@ def main(argv: list[str] | None = None):
             f"{result['matrix_product_gflops_per_second']} GFLOP/s. {result['seconds']}"
         )
     print(f"All figures are in {path}.")
-
-
-def processor() -> str:
-    """The CPU's name, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} x {len(names) or 1}"
-
-
-def peak_memory() -> int:
-    """Bytes: of the accelerator, or of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

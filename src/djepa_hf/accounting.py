@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .configuration_djepa import DJEPAConfig
-from .masking import draw_num_masked
+from .masking import draw_num_masked, num_masked_per_step
 from .modeling_djepa import DJEPAForPreTraining
 
 
@@ -42,18 +42,12 @@ def training_flops(config: DJEPAConfig) -> dict[str, float]:
     buffer, tokens, size = config.num_buffer_tokens, config.num_tokens, config.token_size
     width, predictor_width = config.hidden_size, config.predictor_hidden_size
 
-    def transformer(length: float, width: int, layers: int) -> float:
-        linear = 4 * width**2 + 2 * width * int(config.mlp_ratio * width)
-        return 2 * layers * length * (linear + 2 * length * width)
-
-    encoder = transformer(buffer + tokens - hidden, width, config.num_hidden_layers)
+    encoder = _transformer_flops(config, buffer + tokens - hidden, width, config.num_hidden_layers)
     encoder += 2 * (tokens - hidden) * size * width
-    target = transformer(buffer + tokens, width, config.num_hidden_layers) + 2 * tokens * size * width
-    predictor = transformer(buffer + tokens, predictor_width, config.predictor_num_hidden_layers)
+    target = _transformer_flops(config, buffer + tokens, width, config.num_hidden_layers) + 2 * tokens * size * width
+    predictor = _transformer_flops(config, buffer + tokens, predictor_width, config.predictor_num_hidden_layers)
     predictor += 2 * (buffer + tokens - hidden) * width * predictor_width
-    inner, outputs = config.denoiser_hidden_size, size * (2 if config.objective == "diffusion" else 1)
-    per_draw = size * inner + 256 * inner + inner**2 + 5 * inner**2 * config.denoiser_num_hidden_layers
-    per_draw += 2 * inner**2 + inner * outputs
+    per_draw, inner = _denoiser_products(config), config.denoiser_hidden_size
     denoiser = 2 * hidden * (config.diffusion_batch_mul * per_draw + predictor_width * inner)
     head = 2 * hidden * 4 * predictor_width * (predictor_width + width) if config.prediction_loss_weight else 0.0
     return {
@@ -63,6 +57,39 @@ def training_flops(config: DJEPAConfig) -> dict[str, float]:
         "prediction head": 3 * head,
         "target encoder (forward only)": target if config.prediction_loss_weight else 0.0,
     }
+
+
+def sampling_flops(
+    config: DJEPAConfig, num_inference_steps: int, num_denoising_steps: int, guidance_scale: float
+) -> dict[str, float]:
+    """Floating-point operations of sampling one image and part, counted as in [`training_flops`]."""
+    buffer, tokens, size = config.num_buffer_tokens, config.num_tokens, config.token_size
+    width, predictor_width = config.hidden_size, config.predictor_hidden_size
+    encoder = predictor = 0.0
+    for hidden in num_masked_per_step(tokens, num_inference_steps)[:-1]:
+        visible = tokens - hidden
+        encoder += _transformer_flops(config, buffer + visible, width, config.num_hidden_layers)
+        encoder += 2 * visible * size * width
+        length = buffer + tokens
+        predictor += _transformer_flops(config, length, predictor_width, config.predictor_num_hidden_layers)
+        predictor += 2 * (buffer + visible) * width * predictor_width
+    denoiser = 2 * tokens * num_denoising_steps * _denoiser_products(config)
+    denoiser += 2 * tokens * predictor_width * config.denoiser_hidden_size
+    passes = 1 if guidance_scale == 1 else 2
+    return {"encoder": passes * encoder, "predictor": passes * predictor, "denoiser": passes * denoiser}
+
+
+def _transformer_flops(config: DJEPAConfig, length: float, width: int, layers: int) -> float:
+    linear = 4 * width**2 + 2 * width * int(config.mlp_ratio * width)
+    return 2 * layers * length * (linear + 2 * length * width)
+
+
+def _denoiser_products(config: DJEPAConfig) -> float:
+    """Multiplications of one evaluation of the denoising MLP for one token, but for the projection of its features."""
+    inner, size = config.denoiser_hidden_size, config.token_size
+    outputs = size * (2 if config.objective == "diffusion" else 1)
+    products = size * inner + 256 * inner + inner**2 + 5 * inner**2 * config.denoiser_num_hidden_layers
+    return products + 2 * inner**2 + inner * outputs
 
 
 def training_memory(model: DJEPAForPreTraining, batch_size: int, half: bool) -> dict[str, float]:
