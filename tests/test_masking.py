@@ -10,6 +10,7 @@ from conftest import generators
 from djepa_hf.masking import (
     draw_num_masked,
     gather_tokens,
+    num_denoising_steps_per_step,
     num_masked_per_step,
     random_token_order,
     scatter_tokens,
@@ -76,3 +77,9 @@ def test_gather_and_scatter_are_inverse():
     assert torch.equal(taken[1], tokens[1, [5, 2]])
     assert torch.equal(scatter_tokens(tokens, places, taken), tokens)
     assert torch.equal(gather_tokens(scatter_tokens(tokens, places, -taken), places), -taken)
+
+
+def test_denoising_steps_go_on_a_line():
+    assert num_denoising_steps_per_step(50, 5, 4) == [50, 35, 20, 5]
+    assert num_denoising_steps_per_step(50, None, 3) == [50, 50, 50]
+    assert num_denoising_steps_per_step(50, 5, 1) == [50]

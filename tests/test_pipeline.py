@@ -20,6 +20,7 @@ from diffusers import (
 
 import djepa_hf
 from djepa_hf import DDPMTokenScheduler, DJEPAPipeline, FlowMatchTokenScheduler
+from djepa_hf.accounting import sampling_flops
 from djepa_hf.masking import num_masked_per_step
 
 FAST = {"num_inference_steps": 4, "num_denoising_steps": 3, "output_type": "latent"}
@@ -129,6 +130,28 @@ def test_any_number_of_steps_generates_every_token(num_steps):
     latents = torch.randn(1, 16, 4)
     image = pipe(0, num_inference_steps=num_steps, num_denoising_steps=1, latents=latents, output_type="latent").images
     assert (pipe.transformer.patchify(image) != 0.98 * latents).all()
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow_matching"])
+def test_denoising_steps_can_shrink_along_the_way(objective):
+    pipe, evaluations = tiny_pipeline(objective=objective), []
+    pipe.transformer.denoiser.register_forward_hook(lambda *_: evaluations.append(1))
+    options = {"num_inference_steps": 4, "num_denoising_steps": 9, "output_type": "latent"}
+
+    def sample(**more):
+        evaluations.clear()
+        return pipe([0, 1], generator=generators(0, 1), **options, **more).images
+
+    same = sample()
+    assert len(evaluations) == 36
+    assert torch.equal(sample(final_denoising_steps=9), same)
+    shrinking = sample(final_denoising_steps=3)
+    assert len(evaluations) == 9 + 7 + 5 + 3
+    assert not torch.equal(shrinking, same)
+    flops = [sampling_flops(pipe.transformer.config, 4, 9, 3.0, final)["denoiser"] for final in (None, 9, 3)]
+    assert flops[0] == flops[1] > flops[2]
+    with pytest.raises(ValueError, match="`final_denoising_steps` must be at least 1, got 0"):
+        sample(final_denoising_steps=0)
 
 
 @pytest.mark.parametrize(

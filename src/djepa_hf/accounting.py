@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .configuration_djepa import DJEPAConfig
-from .masking import draw_num_masked, num_masked_per_step
+from .masking import draw_num_masked, num_denoising_steps_per_step, num_masked_per_step
 from .modeling_djepa import DJEPAForPreTraining
 
 
@@ -60,20 +60,30 @@ def training_flops(config: DJEPAConfig) -> dict[str, float]:
 
 
 def sampling_flops(
-    config: DJEPAConfig, num_inference_steps: int, num_denoising_steps: int, guidance_scale: float
+    config: DJEPAConfig,
+    num_inference_steps: int,
+    num_denoising_steps: int,
+    guidance_scale: float,
+    final_denoising_steps: int | None = None,
 ) -> dict[str, float]:
-    """Floating-point operations of sampling one image and part, counted as in [`training_flops`]."""
+    """
+    Floating-point operations of sampling one image and part, counted as in [`training_flops`]. The options are those of
+    the pipeline.
+    """
     buffer, tokens, size = config.num_buffer_tokens, config.num_tokens, config.token_size
     width, predictor_width = config.hidden_size, config.predictor_hidden_size
-    encoder = predictor = 0.0
-    for hidden in num_masked_per_step(tokens, num_inference_steps)[:-1]:
+    encoder = predictor = evaluations = 0.0
+    masked = num_masked_per_step(tokens, num_inference_steps)
+    steps = num_denoising_steps_per_step(num_denoising_steps, final_denoising_steps, num_inference_steps)
+    for hidden, still_hidden, denoising_steps in zip(masked[:-1], masked[1:], steps, strict=True):
         visible = tokens - hidden
+        evaluations += (hidden - still_hidden) * denoising_steps
         encoder += _transformer_flops(config, buffer + visible, width, config.num_hidden_layers)
         encoder += 2 * visible * size * width
         length = buffer + tokens
         predictor += _transformer_flops(config, length, predictor_width, config.predictor_num_hidden_layers)
         predictor += 2 * (buffer + visible) * width * predictor_width
-    denoiser = 2 * tokens * num_denoising_steps * _denoiser_products(config)
+    denoiser = 2 * evaluations * _denoiser_products(config)
     denoiser += 2 * tokens * predictor_width * config.denoiser_hidden_size
     passes = 1 if guidance_scale == 1 else 2
     return {"encoder": passes * encoder, "predictor": passes * predictor, "denoiser": passes * denoiser}

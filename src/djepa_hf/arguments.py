@@ -141,6 +141,7 @@ class SamplingArguments:
 
     num_inference_steps: int | None = option(None, "Autoregressive steps; 64, or as many as there are tokens.")
     num_denoising_steps: int = option(50, "Denoising steps per token.")
+    final_denoising_steps: int | None = option(None, "Of the last tokens; fewer than of the first save much time.")
     guidance_scale: float = option(3.0, "Classifier-free guidance; 1 does without.")
     guidance_schedule: Literal["linear", "constant"] = option("linear", "How guidance grows as tokens appear.")
     temperature: float = option(0.98, "Below 1: less variety, fewer mistakes.")
@@ -150,6 +151,8 @@ class SamplingArguments:
         options = dataclasses.asdict(self)
         if self.num_inference_steps is None:
             options["num_inference_steps"] = min(64, num_tokens)
+        if self.final_denoising_steps is None:
+            del options["final_denoising_steps"]
         return options
 
 

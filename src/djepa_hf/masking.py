@@ -112,3 +112,18 @@ def num_masked_per_step(num_tokens: int, num_steps: int) -> list[int]:
         cosine = math.floor(num_tokens * math.cos(math.pi / 2 * step / num_steps))
         masked.append(max(1, min(masked[-1] - 1, cosine)))
     return [*masked, 0]
+
+
+def num_denoising_steps_per_step(first: int, last: int | None, num_steps: int) -> list[int]:
+    """
+    Denoising steps in each of `num_steps` autoregressive steps, from `first` to `last` on a line (DiSA, arXiv
+    2505.20297); `first` in all of them without `last`.
+
+    Args:
+        first (`int`): in the first autoregressive step, at least 1.
+        last (`int`, *optional*): in the last one, at least 1.
+        num_steps (`int`): autoregressive steps.
+    """
+    if last is None or num_steps == 1:
+        return [first] * num_steps
+    return [round(first + (last - first) * step / (num_steps - 1)) for step in range(num_steps)]

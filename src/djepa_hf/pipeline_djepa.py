@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 from .hub import PipelineHubMixin
 from .labels import find_label_id
 from .latents import decode_samples
-from .masking import gather_tokens, num_masked_per_step, random_token_order, scatter_tokens
+from .masking import (
+    gather_tokens,
+    num_denoising_steps_per_step,
+    num_masked_per_step,
+    random_token_order,
+    scatter_tokens,
+)
 from .schedulers import TOKEN_SCHEDULERS
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -140,6 +146,7 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         token_order: torch.Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        final_denoising_steps: int | None = None,
     ):
         """Raises a `ValueError`, before any work, for the first argument of a call that cannot be right."""
         self.check_components()
@@ -156,6 +163,8 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             )
         if num_denoising_steps < 1:
             raise ValueError(f"`num_denoising_steps` must be at least 1, got {num_denoising_steps}.")
+        if final_denoising_steps is not None and final_denoising_steps < 1:
+            raise ValueError(f"`final_denoising_steps` must be at least 1, got {final_denoising_steps}.")
         if guidance_schedule not in GUIDANCE_SCHEDULES:
             raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, got {guidance_schedule!r}.")
         if not 0 <= guidance_scale < float("inf"):
@@ -306,6 +315,7 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["DJEPAPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        final_denoising_steps: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates images of classes.
@@ -344,6 +354,10 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 `"latents"` are tokens `(B, N, C)`, generated where they are done, initial noise elsewhere; `"mask"`
                 `(B, N)` is True where a token is still to come. [`~DJEPAPipeline.decode_tokens`] shows both.
+            final_denoising_steps (`int`, *optional*):
+                Denoising steps in the last autoregressive step: they go there from `num_denoising_steps` on a line. The
+                first tokens need most, because they know least (DiSA, arXiv 2505.20297). The same number in all steps
+                if not given.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
@@ -370,24 +384,23 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             token_order,
             output_type,
             callback_on_step_end_tensor_inputs,
+            final_denoising_steps,
         )
         if isinstance(generator, list) and len(generator) == 1:
             generator = generator[0]
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
 
-        # 2. Prepare the scheduler: a copy, because steppers with memory change themselves
+        # 2. Prepare a scheduler for each number of denoising steps; copies, because some change themselves
         device, num_tokens = self._execution_device, self.transformer.config.num_tokens
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(num_denoising_steps, device=device)
+        denoising_steps = num_denoising_steps_per_step(num_denoising_steps, final_denoising_steps, num_inference_steps)
+        schedulers = {steps: copy.deepcopy(self.scheduler) for steps in set(denoising_steps)}
+        for steps, scheduler in schedulers.items():
+            scheduler.set_timesteps(steps, device=device)
 
         # 3. Prepare labels, noise and order
         labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)
         order = self.prepare_token_order(batch_size, generator, token_order)
         latents = self.prepare_latents(batch_size, generator, latents)
-        if hasattr(scheduler, "scale_initial_noise"):
-            latents = scheduler.scale_initial_noise(latents, temperature)
-        else:
-            latents = latents * scheduler.init_noise_sigma
 
         # 4. Reveal tokens, a few at a time
         num_masked = num_masked_per_step(num_tokens, num_inference_steps)
@@ -408,18 +421,14 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             features = self.transformer.predict(context_features, visible=places[0])
 
             # 6. Denoise them, each by itself
-            latents = scatter_tokens(
-                latents,
-                chosen,
-                self.denoise_tokens(
-                    gather_tokens(latents, chosen),
-                    gather_tokens(features, places[1]),
-                    copy.deepcopy(scheduler),
-                    guidance,
-                    temperature,
-                    generator,
-                ),
-            )
+            scheduler, noise = copy.deepcopy(schedulers[denoising_steps[step]]), gather_tokens(latents, chosen)
+            if hasattr(scheduler, "scale_initial_noise"):
+                noise = scheduler.scale_initial_noise(noise, temperature)
+            else:
+                noise = noise * scheduler.init_noise_sigma
+            conditioning = gather_tokens(features, places[1])
+            denoised = self.denoise_tokens(noise, conditioning, scheduler, guidance, temperature, generator)
+            latents = scatter_tokens(latents, chosen, denoised)
 
             if callback_on_step_end is not None:
                 mask = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :upto], False)

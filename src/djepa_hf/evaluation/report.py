@@ -34,7 +34,9 @@ def figures(result: dict) -> dict[str, float]:
 def markdown_table(results: list[dict]) -> str:
     """Results as a Markdown table, a row each, with the settings that set them apart."""
     columns = list(dict.fromkeys(name for result in results for name in figures(result)))
-    settings = ("guidance_scale", "guidance_schedule", "temperature", "num_inference_steps", "num_denoising_steps")
+    settings = ["guidance_scale", "guidance_schedule", "temperature", "num_inference_steps", "num_denoising_steps"]
+    if any("final_denoising_steps" in result["protocol"]["sampling"] for result in results):
+        settings.append("final_denoising_steps")
     header = ["weights", "solver", *settings, "images", *columns, "images/s"]
     rows = [header, ["---"] * len(header)]
     for result in results:
