@@ -26,7 +26,7 @@ demo: $(READY)
 	$(BIN)/python examples/train.py --config examples/configs/$(CONFIG).yaml --output_dir $(OUTPUT)
 	rm -rf $(OUTPUT)/evaluation
 	$(BIN)/python examples/evaluate_pipeline.py --pipeline $(OUTPUT) --config $(OUTPUT)/sampling.yaml --num_images 1000 \
-	    --reference digits --extractor classifier --classifier_data digits
+	    --reference digits --extractor classifier --classifier_data digits --update_card true
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -7,7 +7,7 @@
 
 All processes generate; image `i` depends on the seed and on `i` alone. A run that was killed goes on when it is started
 again. `result.json` holds all figures and all that they depend on, `result.md` is a table, `samples.png` shows some
-images. A pipeline folder with a model card gets the figures into its metadata.
+images. With `--update_card true` the model card of the pipeline's folder gets the figures into its metadata.
 """
 
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ class OutputArguments:
     )
     kernel_subset_size: int | None = option(None, "Images per subset of the kernel distance; 1000 or all.")
     save_images: Literal["no", "png", "npz"] = option("no", "Keep all pictures, or write ADM's sample file, too.")
+    update_card: bool = option(False, "Put the figures into the model card of the pipeline's folder.")
 
 
 def show_samples(folder: Path, pipe: DJEPAPipeline, protocol: Protocol):
@@ -89,6 +90,8 @@ def main(argv: list[str] | None = None):
         kernel_subset_size=output.kernel_subset_size,
     )
     check_protocol(pipe, protocol)
+    if output.update_card and not (Path(args.pipeline) / "README.md").is_file():
+        raise ValueError(f"`update_card`: there is no README.md in {args.pipeline}.")
     args.reference_images().check()
     extractor = args.load_extractor(pipe)
     reference = args.load_reference(pipe, extractor, state)
@@ -109,7 +112,7 @@ def main(argv: list[str] | None = None):
         print(f"{name.replace('_', ' ').replace('frechet', 'Fréchet')}: {value:.4g}")
     print(f"{args.num_images} images, {result['environment']['images_per_second']} per second.")
     print(f"{folder / RESULT} holds the figures and all that they depend on; look at {folder / 'samples.png'}.")
-    if (Path(args.pipeline) / "README.md").is_file():
+    if output.update_card:
         add_results(Path(args.pipeline), eval_results(result))
         print(f"The card in {args.pipeline} has the figures now.")
 

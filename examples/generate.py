@@ -15,6 +15,7 @@ import torch
 
 from djepa_hf import DJEPAPipeline
 from djepa_hf.arguments import SamplingArguments, parse_arguments
+from djepa_hf.loading import check_place
 from djepa_hf.seeds import seed_of
 from djepa_hf.visualization import labelled_grid
 
@@ -61,6 +62,7 @@ def generate(
 
 def main(argv: list[str] | None = None):
     args, sampling = parse_arguments(GenerationArguments, SamplingArguments, argv=argv, description=__doc__)
+    check_place(args.pipeline)
     pipe = DJEPAPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype))
     pipe.to(args.device or best_device())
     config = pipe.transformer.config

@@ -23,7 +23,7 @@ from djepa_hf.arguments import SamplingArguments, option, parse_arguments
 from djepa_hf.engines import start_processes
 from djepa_hf.evaluation.arguments import EvaluationArguments
 from djepa_hf.evaluation.protocol import Evaluation, Protocol, check_protocol
-from djepa_hf.evaluation.report import figures, markdown_table
+from djepa_hf.evaluation.report import figures, markdown_table, name_of
 from djepa_hf.json_files import write_json
 
 
@@ -170,24 +170,25 @@ def plot_grid(results: list[dict], path: Path, title: str):
     for axes, (name, best) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         values = {place: result["metrics"][name] for place, result in zip(places, results, strict=True)}
         table = [[values.get((column, row), math.nan) for column in columns] for row in rows]
-        axes.imshow(table, origin="lower", aspect="auto", cmap="viridis_r" if best is min else "viridis", alpha=0.75)
+        axes.imshow(table, origin="lower", aspect="auto", cmap="viridis_r" if best is min else "viridis")
         winner = best(values, key=values.get)
+        low, high = min(values.values()), max(values.values())
         for (column, row), value in values.items():
             x, y = columns.index(column), rows.index(row)
-            axes.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=7)
+            share = (value - low) / ((high - low) or 1)
+            is_dark = share > 0.6 if best is min else share < 0.4
+            axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=7, color="white" if is_dark else "black")
             if (column, row) == winner:
-                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))
+                frame = {"fill": False, "edgecolor": "red", "linewidth": 2, "clip_on": False, "zorder": 3}
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **frame))
         axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns], rotation=45, fontsize=7)
         axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows], fontsize=7)
         axes.set(xlabel="guidance scale", ylabel="temperature")
-        axes.set_title(LABELS[name], fontsize=10)
+        axes.set_title(name_of(name, results[0]), fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 LABELS = {
-    "frechet_distance": "Fréchet distance",
-    "inception_score": "Inception Score",
-    "class_agreement": "class agreement",
     "num_inference_steps": "autoregressive steps",
     "num_denoising_steps": "denoising steps",
 }
@@ -204,14 +205,14 @@ def plot_steps(curves: dict[str, dict[str, list[dict]]], path: Path, title: str)
         for i, (solver, results) in enumerate(curves.items()):
             steps = [result["protocol"]["sampling"][name] for result in results[name]]
             axes.plot(steps, [distance(r) for r in results[name]], marker="o", color=f"C{i}", label=solver)
-            seconds = [1 / result["environment"]["images_per_second"] for result in results[name]]
-            other.plot(steps, seconds, marker=".", linestyle=":", color=f"C{i}", alpha=0.7)
-        axes.set(xlabel=LABELS[name], ylabel="Fréchet distance", xscale="log")
+            milliseconds = [1000 / result["environment"]["images_per_second"] for result in results[name]]
+            other.plot(steps, milliseconds, marker=".", linestyle=":", color=f"C{i}", alpha=0.7)
+        axes.set(xlabel=LABELS[name], ylabel=name_of("frechet_distance", results[name][0]), xscale="log")
         axes.set_xticks(steps, [str(step) for step in steps])
         axes.minorticks_off()
-        other.set_ylabel("seconds per image (dotted)")
+        other.set_ylabel("milliseconds per image (dotted)")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves), fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -243,7 +244,8 @@ def main(argv: list[str] | None = None):
     plot_grid(cells, folder / "grid.png", title)
     plot_steps(curves, folder / "steps.png", title)
     found = best["protocol"]["sampling"]
-    print(f"Best: guidance {found['guidance_scale']:g}, temperature {found['temperature']:g}: {figures(best)}.")
+    values = ", ".join(f"{name} {value}" for name, value in figures(best).items())
+    print(f"Best: guidance {found['guidance_scale']:g}, temperature {found['temperature']}: {values}.")
     print(f"Look at {folder / 'grid.png'} and {folder / 'steps.png'}.")
 
 

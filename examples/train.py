@@ -47,7 +47,7 @@ from djepa_hf.seeds import seed_of
 from djepa_hf.training_data import TrainingData, load_training_samples
 from djepa_hf.visualization import film_strip, labelled_grid, plot_losses, plot_noise_levels
 
-PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 8
+PREVIEW_CLASSES, PREVIEW_IMAGES, SHOWN_IMAGES = 10, 8, 12
 KEPT_SETTINGS = ("seed", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon")
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -499,7 +499,8 @@ def show_plan(run: Run):
     by_class: dict[str, list[Image.Image]] = {}
     for picture, label in zip(pictures, batch["class_labels"].tolist(), strict=False):
         by_class.setdefault(run.data.names[label].split(",")[0], []).append(picture)
-    labelled_grid(list(by_class.items())).save(run.output_dir / "first_batch.png")
+    rows = [(name, pictures[:SHOWN_IMAGES]) for name, pictures in by_class.items()]
+    labelled_grid(rows).save(run.output_dir / "first_batch.png")
     half = run.mixed_precision != "no"
     plan = cost_of_training(model, args.train_batch_size, run.images_per_step, half)
     plan["images per step"] = f"{run.images_per_step:,} on {accelerator.num_processes} process(es)"

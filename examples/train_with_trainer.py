@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None):
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         DJEPAPipeline(model.export("ema"), FlowMatchTokenScheduler()).save_pretrained(args.output_dir)
+        print(f"The pipeline in {args.output_dir} holds the EMA weights.")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_the_judge_reads_real_digits_it_never_saw(judge, digits):
 
 
 def test_a_result_says_everything(folder, capsys):
-    result = run(folder)
+    result = run(folder, update_card=True)
     metrics, protocol = result["metrics"], result["protocol"]
     assert set(metrics) == {
         "frechet_distance", "frechet_distance_of_fewer_images", "kernel_distance", "kernel_distance_std",
@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(folder, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(folder, output_dir=tmp_path / "killed")
     assert len(parts_of(tmp_path / "killed")) == 2
-    with pytest.raises(ValueError, match=r"were drawn otherwise \(sampling was .*\): choose another `output_dir`"):
+    with pytest.raises(ValueError, match=r"otherwise \(temperature was 1.0, is 0.9\): choose another `output_dir`"):
         run(folder, output_dir=tmp_path / "killed", temperature=0.9)
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         run(folder, output_dir=tmp_path / "killed", seed=1)
@@ -312,11 +312,18 @@ def test_bad_options_are_refused_before_anything_is_generated(folder, tmp_path):
         ({"num_inference_steps": 17}, r"`num_inference_steps` must lie in 1\.\.16"),
         ({"extractor": "inception"}, "`classifier_data` goes with `extractor` 'classifier'"),
         ({"extractor": "nowhere:network", "classifier_data": ""}, "`classifier_data` goes with"),
+        ({"extractor": "classifer"}, "`extractor` must be 'inception', 'classifier' or 'module:function'"),
+        ({"reference": "digts"}, "There is no data set 'digts'; did you mean 'digits'"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"dtype": "float8"}, "`dtype` must be float32, bfloat16 or float16"),
     ):
         with pytest.raises(ValueError, match=message):
             run(folder, output_dir=out, **options)
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere"):
+        run(folder.parent / "nowhere", output_dir=out)
+    (folder / "README.md").unlink()
+    with pytest.raises(ValueError, match=r"`update_card`: there is no README\.md"):
+        run(folder, output_dir=out, update_card=True)
     with pytest.raises(ValueError, match="`reference` is missing"):
         evaluate_pipeline.main(["--pipeline", str(folder)])
     assert not out.exists()

@@ -123,6 +123,8 @@ def load_training_data(
         if streaming:
             raise ValueError(f"`streaming` is for data sets of the Hub and files, not for {dataset_name or 'folders'}.")
         return load_digits(split) if train_data_dir is None else load_image_folder(train_data_dir)
+    if "/" not in dataset_name and difflib.get_close_matches(dataset_name, [DIGITS], cutoff=0.75):
+        raise ValueError(f"There is no data set {dataset_name!r}; did you mean {DIGITS!r}?")
     data = datasets.load_dataset(
         dataset_name, dataset_config_name, data_files=data_files, split=split, streaming=streaming
     )

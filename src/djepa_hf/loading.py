@@ -111,6 +111,18 @@ def load_vae(name_or_path: str, scaling_factor: float | None = None) -> Autoenco
     return AutoencoderKL.from_pretrained(name_or_path, subfolder=subfolder, **factor).requires_grad_(False).eval()
 
 
+def check_place(name_or_path: str | os.PathLike):
+    """
+    Raises a `FileNotFoundError` for what can be neither a folder nor an id on the Hub, before anybody asks the Hub.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): a folder, or `owner/name`; in an existing folder it must be one, too.
+    """
+    path = Path(name_or_path)
+    if not path.is_dir() and (str(name_or_path).count("/") != 1 or path.parent.is_dir()):
+        raise FileNotFoundError(f"There is no folder {name_or_path}.")
+
+
 def _where(name_or_path: str | os.PathLike) -> dict[str, str]:
     """Pipelines keep the model in a folder of its own."""
     path, could_be_id = Path(name_or_path), str(name_or_path).count("/") == 1

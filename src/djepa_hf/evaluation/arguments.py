@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..arguments import option
+from ..loading import check_place
 from ..pipeline_djepa import DJEPAPipeline
 from .extractors import CLASSIFIER, INCEPTION, ClassifierExtractor, CustomExtractor, InceptionExtractor
 from .protocol import image_size
@@ -46,6 +47,10 @@ class EvaluationArguments:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {self.dtype!r}.")
+        if self.extractor not in (INCEPTION, CLASSIFIER) and ":" not in self.extractor:
+            raise ValueError(
+                f"`extractor` must be '{INCEPTION}', '{CLASSIFIER}' or 'module:function', got {self.extractor!r}."
+            )
         if (self.extractor == CLASSIFIER) != (self.classifier_data is not None):
             raise ValueError("`classifier_data` goes with `extractor` 'classifier': pass both or neither.")
 
@@ -58,6 +63,7 @@ class EvaluationArguments:
 
     def load_pipeline(self, device: torch.device) -> DJEPAPipeline:
         """The pipeline, without its progress bar."""
+        check_place(self.pipeline)
         pipe = DJEPAPipeline.from_pretrained(self.pipeline, dtype=getattr(torch, self.dtype)).to(device)
         pipe.set_progress_bar_config(disable=True)
         return pipe

@@ -206,6 +206,7 @@ def _check_drawn_alike(folder: Path, drawn: dict):
     if not path.is_file():
         return
     earlier = json.loads(path.read_text())
+    earlier, drawn = ({**about, **about["sampling"], "sampling": None} for about in (earlier, drawn))
     differing = [name for name in drawn if earlier.get(name) != drawn[name]]
     if differing:
         lists = "; ".join(f"{name} was {earlier.get(name)}, is {drawn[name]}" for name in differing)

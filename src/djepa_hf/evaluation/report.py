@@ -25,7 +25,7 @@ _PLAIN_NAMES = {
 def figures(result: dict) -> dict[str, float]:
     """The figures of a result under the names that people know, rounded."""
     return {
-        _name(name, result): round(result["metrics"][name], digits)
+        name_of(name, result): round(result["metrics"][name], digits)
         for name, (_, _, digits) in _FIGURES.items()
         if name in result["metrics"]
     }
@@ -65,7 +65,7 @@ def eval_results(result: dict) -> list[EvalResult]:
         EvalResult(
             **about,
             metric_type=hub_name if _is_inception(result) or name not in _PLAIN_NAMES else name,
-            metric_name=_name(name, result),
+            metric_name=name_of(name, result),
             metric_value=round(result["metrics"][name], digits),
             metric_args=settings,
         )
@@ -74,7 +74,8 @@ def eval_results(result: dict) -> list[EvalResult]:
     ]
 
 
-def _name(name: str, result: dict) -> str:
+def name_of(name: str, result: dict) -> str:
+    """What people call a figure: it is FID with features of Inception alone."""
     return _FIGURES[name][1] if _is_inception(result) else _PLAIN_NAMES.get(name, _FIGURES[name][1])
 
 
