@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How long sampling takes, where the time goes, and how it compares with a plainly written version of the algorithm.
 
-    python benchmarks/sampling.py --output_path benchmarks/results/sampling_cpu.json
+    python benchmarks/sampling.py --batch_sizes 1 4 --output_path benchmarks/results/sampling_cpu.json
 
 Every variant draws the same images, round after round in turn, so that a machine that slows down slows all of them.
 Figures are medians. The plain version goes by masks and computes every embedding in every denoising step, as one
