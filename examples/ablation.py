@@ -111,9 +111,8 @@ def load_real_data(args: AblationArguments, data_args: DataArguments, device: to
         raise ValueError(f"The training data and `classifier_data` have other classes: {data.names} and {names[0]}.")
     parts = []
     for source in sources:
-        batches = list(source.batches(data_args.image_size, data.channels, 256))
-        images = torch.cat([images for images, _ in batches]).float() / 255
-        parts.append((images, torch.cat([labels for _, labels in batches])))
+        images, labels = source.load(data_args.image_size, data.channels)
+        parts.append((images.float() / 255, labels))
     judge = ClassifierExtractor(*parts[0]).to(device)
     reference = load_reference(sources[1], judge, data_args.image_size, data.channels, device=device)
     return RealData(*parts, judge, reference)

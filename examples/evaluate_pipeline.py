@@ -65,8 +65,8 @@ def compare_with_real(args: EvaluationArguments, evaluation: Evaluation) -> dict
     pipe, extractor, reference = evaluation.pipe, evaluation.extractor, evaluation.reference
     batches = args.classifier_images().batches(*image_size(pipe), args.batch_size)
     features = extract(batches, extractor, pipe.device, "training images").features.numpy()
-    against = reference.statistics or reference.features.numpy()
-    distance = load_metric("frechet_distance").compute(predictions=features, reference=against)
+    frechet = load_metric("frechet_distance")
+    distance = frechet.compute(predictions=features, reference=reference.distribution)
     found = {"frechet_distance_of_real_training_images": distance["frechet_distance"]}
     if reference.labels is not None:
         accuracy = class_agreement(reference.logits, reference.labels, extractor)

@@ -209,7 +209,8 @@ def prepare(
     run.check_sampling()
     accelerator.register_for_checkpointing(history, lr_scheduler)
     if resume is not None:
-        run.resumed_from, run.step = folder, _ = resume
+        folder, run.step = resume
+        run.resumed_from = folder
         load_state(accelerator, run.online, folder)
         accelerator.step = 0  # its count of batches, by which it accumulates: steps may be cut up differently now
         if accelerator.is_main_process and folder.parent == output_dir and not args.dry_run:

@@ -75,7 +75,7 @@ def prepare_engine(
     `accelerator.prepare` for model and optimizer.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): that [`check_engine`] approved of.
+        accelerator ([`~accelerate.Accelerator`]): that [`start_engine`] approved of.
         model ([`DJEPAForPreTraining`]), optimizer (`torch.optim.Optimizer`): to train.
         batch_size (`int`): per process and forward.
         max_grad_norm (`float`): that gradients are clipped to.

@@ -90,8 +90,7 @@ class EvaluationArguments:
             return CustomExtractor(self.extractor).to(pipe.device)
         real = self.classifier_images()
         ids = model_ids(pipe, real)
-        batches = list(real.batches(*image_size(pipe), self.batch_size))
-        images, labels = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+        images, labels = real.load(*image_size(pipe))
         return ClassifierExtractor(images.float() / 255, ids[labels]).to(pipe.device)
 
     def load_reference(self, pipe: DJEPAPipeline, extractor: nn.Module, state: PartialState) -> Reference:

@@ -70,7 +70,7 @@ class RealImages:
             data = load_training_data(*where, self.image_column, None, split=self.split)
         images = data.cast_column("image", datasets.Image(decode=False))
         if "label" not in data.column_names:
-            return OpenImages(images.with_format(None)["image"])
+            return OpenImages(images["image"])
         return OpenImages(images["image"], data["label"], data.features["label"].names)
 
     def batches(
@@ -96,6 +96,15 @@ class RealImages:
             samples = torch.stack([to_sample(open_image(images.pictures[i])) for i in rows])
             labels = None if images.labels is None else torch.tensor([images.labels[i] for i in rows])
             yield ((samples + 1) * 127.5).round().to(torch.uint8), labels
+
+    def load(
+        self, size: int | tuple[int, int], channels: int, batch_size: int = 256
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        All images at once and their classes, for a source that `needs_classes`; as [`RealImages.batches`] gives them.
+        """
+        images, labels = zip(*self.batches(size, channels, batch_size), strict=True)
+        return torch.cat(images), torch.cat(labels)
 
 
 @dataclass
@@ -134,6 +143,11 @@ class Reference:
     logits: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def distribution(self) -> dict[str, np.ndarray] | np.ndarray:
+        """What the Fréchet distance is measured to: the statistics where there are such, the features otherwise."""
+        return self.statistics or self.features.numpy()
 
 
 @dataclass
