@@ -175,7 +175,7 @@ def test_ddim_follows_the_perfect_noise_to_the_clean_tokens(monkeypatch):
     clean, ours = torch.randn(1, 16, 4), DDPMTokenScheduler()
     state = {}
 
-    def perfect(tokens, condition):
+    def perfect(tokens, *condition):
         timestep = state["timesteps"][state["call"] % 10]
         state["call"] += 1
         signal = ours.add_noise(torch.ones(1, 1), torch.zeros(1, 1), timestep[None])

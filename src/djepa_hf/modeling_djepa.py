@@ -257,18 +257,22 @@ class DJEPAModel(DJEPAPreTrainedModel):
         context_features: torch.Tensor,
         mask: torch.BoolTensor | None = None,
         visible: torch.LongTensor | None = None,
+        wanted: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
-        Predicted features z = γ(φ) of all tokens.
+        Predicted features z = γ(φ) of all tokens, or of those that are wanted.
 
         Args:
             context_features (`torch.Tensor` of shape `(B, num_buffer_tokens + visible, hidden_size)`):
                 what [`~DJEPAModel.encode`] returned for the same `mask` or `visible`.
             mask, visible: as in [`~DJEPAModel.encode`].
+            wanted (`torch.LongTensor` of shape `(B, wanted)`, *optional*): places whose features are asked for. Spares
+                most of the last block for the others.
 
         Returns:
-            `torch.Tensor` of shape `(B, N, predictor_hidden_size)`.
+            `torch.Tensor` of shape `(B, N, predictor_hidden_size)`, or `(B, wanted, predictor_hidden_size)` in the
+            order of `wanted`.
 
         Raises:
             ValueError: if the mask and the features do not fit.
@@ -280,7 +284,7 @@ class DJEPAModel(DJEPAPreTrainedModel):
                 f"`context_features` must hold {self.config.num_buffer_tokens} buffer and {num_visible} visible "
                 f"tokens, got {context_features.shape[1]} in all."
             )
-        return self.predictor(context_features, visible, **kwargs)
+        return self.predictor(context_features, visible, wanted, **kwargs)
 
     @apply_forward_hook
     def denoise(self, noisy_tokens: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:

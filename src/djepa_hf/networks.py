@@ -56,11 +56,16 @@ class DJEPAAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, places: torch.LongTensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`places` `(B, n)`: where attention is wanted from, `(B, n, D)`; everywhere if not given."""
         batch_size, length, _ = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
+        query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+        if places is not None:
+            query = gather_tokens(query, places)
+        query, key, value = (  # (B, heads, L, head_dim) each
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value)
+        )
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -74,7 +79,7 @@ class DJEPAAttention(nn.Module):
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             **kwargs,
         )
-        return self.proj(output.reshape(batch_size, length, -1)), weights
+        return self.proj(output.flatten(2)), weights
 
 
 class DJEPALayer(GradientCheckpointingLayer):
@@ -89,8 +94,13 @@ class DJEPALayer(GradientCheckpointingLayer):
         self.fc2 = nn.Linear(int(hidden_size * config.mlp_ratio), hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attention_output, _ = self.attention(self.norm1(hidden_states), **kwargs)
+    def forward(
+        self, hidden_states: torch.Tensor, places: torch.LongTensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """`places` `(B, n)`: of the tokens whose output is wanted, `(B, n, D)`; of all if not given."""
+        attention_output, _ = self.attention(self.norm1(hidden_states), places, **kwargs)
+        if places is not None:
+            hidden_states = gather_tokens(hidden_states, places)
         hidden_states = hidden_states + self.dropout(attention_output)
         mlp_output = self.fc2(self.dropout(F.gelu(self.fc1(self.norm2(hidden_states)))))
         return hidden_states + self.dropout(mlp_output)
@@ -151,6 +161,7 @@ class FeaturePredictor(nn.Module):
         self,
         context_features: torch.Tensor,
         visible: torch.LongTensor | None,
+        wanted: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         features = self.input_projection(context_features)
@@ -161,9 +172,13 @@ class FeaturePredictor(nn.Module):
             tokens = scatter_tokens(hidden, visible, tokens)  # (B, N, P)
         # the buffer gets no position
         hidden_states = torch.cat([buffer, tokens + self.position_embeddings], dim=1)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             hidden_states = layer(hidden_states, **kwargs)
-        return self.norm(hidden_states[:, self.num_buffer_tokens :])
+        if wanted is None:
+            return self.norm(last(hidden_states, **kwargs)[:, self.num_buffer_tokens :])
+        # the last block's other outputs would be thrown away
+        return self.norm(last(hidden_states, self.num_buffer_tokens + wanted, **kwargs))
 
 
 class TimeEmbedding(nn.Module):
@@ -196,8 +211,12 @@ class DenoiserLayer(GradientCheckpointingLayer):
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.modulation = ZeroInitLinear(hidden_size, 3 * hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+    def forward(
+        self, hidden_states: torch.Tensor, condition: torch.Tensor | None, modulation: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`modulation` is what the layer of that name makes of the condition, where the caller has it already."""
+        modulation = self.modulation(condition) if modulation is None else modulation
+        shift, scale, gate = modulation.chunk(3, dim=-1)
         modulated = self.norm(hidden_states) * (1 + scale) + shift
         return hidden_states + gate * self.fc2(F.silu(self.fc1(modulated)))
 
@@ -219,19 +238,36 @@ class DenoisingMLP(nn.Module):
         self.modulation = ZeroInitLinear(width, 2 * width)
         self.output_projection = ZeroInitLinear(width, output_size)
 
-    def forward(self, noisy_tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def modulate(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        What a condition `(..., W)` does to each layer `(..., 3W)` and to the output `(..., 2W)`: three fifths of the
+        network's work. None of it depends on the noisy tokens, so that samplers do it for several timesteps at once.
+        """
+        condition = F.silu(condition)
+        return *(layer.modulation(condition) for layer in self.layers), self.modulation(condition)
+
+    def forward(
+        self,
+        noisy_tokens: torch.Tensor,
+        condition: torch.Tensor | None,
+        modulations: tuple[torch.Tensor, ...] | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             noisy_tokens (`torch.Tensor` of shape `(M, C)`): flat tokens.
-            condition (`torch.Tensor` of shape `(M, denoiser_hidden_size)`): `time_embedding(timesteps) +
+            condition (`torch.Tensor` of shape `(M, W)`): `time_embedding(timesteps) +
                 condition_projection(conditioning)`. Samplers add up the two themselves, because the first is the same
                 for all tokens and the second for all timesteps.
+            modulations (`tuple[torch.Tensor]`, *optional*): instead of the condition, what [`~DenoisingMLP.modulate`]
+                makes of it.
         """
         hidden_states = self.input_projection(noisy_tokens)  # (M, W)
-        condition = F.silu(condition)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, condition)
-        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        if modulations is None:
+            condition = F.silu(condition)
+            modulations = [None] * len(self.layers) + [self.modulation(condition)]
+        for layer, modulation in zip(self.layers, modulations, strict=False):
+            hidden_states = layer(hidden_states, condition, modulation)
+        shift, scale = modulations[-1].chunk(2, dim=-1)
         return self.output_projection(self.norm(hidden_states) * (1 + scale) + shift)
 
 

@@ -1,7 +1,5 @@
 """Class labels to images: generalized next-token prediction (D-JEPA, arXiv 2410.03755, Algorithm 1)."""
 
-import copy
-import inspect
 import numbers
 from collections.abc import Callable
 
@@ -13,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel
 
+from .denoising import TokenDenoiser
 from .hub import PipelineHubMixin
 from .labels import find_label_id
 from .latents import decode_samples
@@ -226,58 +225,41 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             return token_order.to(device=device, dtype=torch.long)
         return random_token_order(batch_size, self.transformer.config.num_tokens, device, generator)
 
-    def denoise_tokens(
+    def predict_features(
         self,
-        noise: torch.Tensor,
-        conditioning: torch.Tensor,
-        scheduler: SchedulerMixin,
-        guidance: float | None,
-        temperature: float,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        tokens: torch.Tensor,
+        class_labels: torch.LongTensor,
+        visible: torch.LongTensor,
+        wanted: torch.LongTensor | None = None,
+        max_rows: int | None = None,
     ) -> torch.Tensor:
         """
-        Denoises the tokens of one autoregressive step.
+        Features of tokens to come.
 
         Args:
-            noise (`torch.Tensor` of shape `(B, n, C)`): their initial noise, float32.
-            conditioning (`torch.Tensor` of shape `(B, n, P)`): their features; with guidance `(2B, n, P)`, those for
-                the null class behind the others.
-            scheduler: with its timesteps set; its state, if it has one, is changed.
-            guidance (`float`, *optional*): scale of this step; `None` does without the null class.
-            temperature (`float`): see `__call__`.
-            generator (`torch.Generator` or list of `B` of them, *optional*): draws the noise of ancestral steps.
+            tokens (`torch.Tensor` of shape `(B, N, C)`): those that are there, in their places.
+            class_labels (`torch.LongTensor` of shape `(B,)`): class ids, or that of the null class.
+            visible (`torch.LongTensor` of shape `(B, visible)`): places of the tokens that are there.
+            wanted (`torch.LongTensor` of shape `(B, wanted)`, *optional*): places whose features are asked for; all if
+                not given.
+            max_rows (`int`, *optional*): samples that the networks see at once; all if not given.
 
         Returns:
-            `torch.Tensor` of shape `(B, n, C)`, float32.
+            `torch.Tensor` of shape `(B, wanted, P)`.
         """
-        denoiser = self.transformer.denoiser
-        dtype = denoiser.input_projection.weight.dtype
-        takes_variance = getattr(scheduler, "takes_variance", False)
-        accepted = inspect.signature(scheduler.step).parameters
-        step_options = {"temperature": temperature, "generator": generator}
-        step_options = {name: value for name, value in step_options.items() if name in accepted}
-        # only the sum of the two changes from one evaluation to the next
-        condition = denoiser.condition_projection(conditioning.flatten(0, 1).to(dtype))
-        time_embeddings = denoiser.time_embedding(scheduler.timesteps)
-        sample, token_size = noise, noise.shape[-1]
-        for timestep, time_embedding in zip(scheduler.timesteps, time_embeddings, strict=True):
-            model_input = scheduler.scale_model_input(sample, timestep)
-            if guidance is not None:  # both halves denoise the same noisy tokens
-                model_input = torch.cat([model_input, model_input])
-            output = denoiser(model_input.flatten(0, 1).to(dtype), time_embedding + condition)
-            output = output.float().unflatten(0, model_input.shape[:2])
-            if guidance is not None:
-                output, null_output = output.chunk(2)
-                prediction, null_prediction = output[..., :token_size], null_output[..., :token_size]
-                guided = null_prediction + guidance * (prediction - null_prediction)
-                output = torch.cat([guided, output[..., token_size:]], dim=-1)  # the variance is the class's own
-            if not takes_variance:
-                output = output[..., :token_size]
-            sample = scheduler.step(output, timestep, sample, **step_options).prev_sample
-        return sample
+        inputs, model, features = [tokens, class_labels, visible], self.transformer, []
+        inputs += [] if wanted is None else [wanted]
+        for some, labels, *places in zip(*(part.split(max_rows or len(part)) for part in inputs), strict=True):
+            context_features = model.encode(some, labels, visible=places[0])
+            features.append(model.predict(context_features, None, *places))
+        return torch.cat(features)
 
     def decode_tokens(
-        self, tokens: torch.Tensor, output_type: str = "pil", mask: torch.BoolTensor | None = None
+        self,
+        tokens: torch.Tensor,
+        output_type: str = "pil",
+        mask: torch.BoolTensor | None = None,
+        max_rows: int | None = None,
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
         """
         Tokens to images. Serves callbacks, too, that show what there is so far.
@@ -286,13 +268,15 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             tokens (`torch.Tensor` of shape `(B, N, C)`).
             output_type (`str`): as in `__call__`.
             mask (`torch.BoolTensor` of shape `(B, N)`, *optional*): tokens to leave out (they count as zeros).
+            max_rows (`int`, *optional*): samples that the VAE sees at once; all if not given.
         """
         if mask is not None:
             tokens = tokens.masked_fill(mask.unsqueeze(-1), 0.0)
         samples = self.transformer.unpatchify(tokens)
         if output_type == "latent":
             return samples
-        images = (decode_samples(samples, self.vae).float() / 2 + 0.5).clamp(0, 1)
+        images = torch.cat([decode_samples(some, self.vae).float() for some in samples.split(max_rows or len(samples))])
+        images = (images / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
         images = images.movedim(1, -1).cpu().numpy()
@@ -316,6 +300,7 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         callback_on_step_end: Callable[["DJEPAPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         final_denoising_steps: int | None = None,
+        max_batch_size: int = 64,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates images of classes.
@@ -390,44 +375,46 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             generator = generator[0]
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
 
-        # 2. Prepare a scheduler for each number of denoising steps; copies, because some change themselves
-        device, num_tokens = self._execution_device, self.transformer.config.num_tokens
-        denoising_steps = num_denoising_steps_per_step(num_denoising_steps, final_denoising_steps, num_inference_steps)
-        schedulers = {steps: copy.deepcopy(self.scheduler) for steps in set(denoising_steps)}
-        for steps, scheduler in schedulers.items():
-            scheduler.set_timesteps(steps, device=device)
-
-        # 3. Prepare labels, noise and order
-        labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)
+        # 2. Prepare labels, noise and order; with guidance, the same again for the null class behind them
+        device, config = self._execution_device, self.transformer.config
+        labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
         order = self.prepare_token_order(batch_size, generator, token_order)
         latents = self.prepare_latents(batch_size, generator, latents)
+        twins = 1 if guidance_scale == 1.0 else 2
+        if twins == 2:
+            labels = torch.cat([labels, torch.full_like(labels, config.num_labels)])
+        kinds, kind_of_row = (part.to(device) for part in labels.unique(return_inverse=True))
+        labels, places, max_rows = labels.to(device), order.repeat(twins, 1), twins * max_batch_size
+
+        # 3. Prepare the schedules of both kinds of steps
+        num_masked = num_masked_per_step(config.num_tokens, num_inference_steps)
+        denoising_steps = num_denoising_steps_per_step(num_denoising_steps, final_denoising_steps, num_inference_steps)
+        max_tokens = max_rows * config.num_tokens
+        denoise = TokenDenoiser(self.transformer.denoiser, self.scheduler, temperature, generator, max_tokens)
+        for steps in set(denoising_steps):
+            denoise.prepare(steps)
 
         # 4. Reveal tokens, a few at a time
-        num_masked = num_masked_per_step(num_tokens, num_inference_steps)
         for step in self.progress_bar(range(num_inference_steps)):
             if self.interrupt:
                 continue
-            done, upto = num_tokens - num_masked[step], num_tokens - num_masked[step + 1]
-            visible, chosen = order[:, :done], order[:, done:upto]
-            guidance = self._guidance_of_step(guidance_schedule, num_masked[step + 1])
+            done, upto = config.num_tokens - num_masked[step], config.num_tokens - num_masked[step + 1]
+            visible, chosen = places[:, :done], places[:, done:upto]
 
-            # 5. Features of the tokens to come, for the class and, with guidance, for the null class
-            tokens, context_labels, places = latents, labels, (visible, chosen)
-            if guidance is not None:
-                null_labels = torch.full_like(labels, self.transformer.config.num_labels)
-                tokens, context_labels = torch.cat([latents, latents]), torch.cat([labels, null_labels])
-                places = tuple(torch.cat([place, place]) for place in places)
-            context_features = self.transformer.encode(tokens, context_labels, visible=places[0])
-            features = self.transformer.predict(context_features, visible=places[0])
+            # 5. Features of the tokens to come
+            if done == 0:  # they know nothing but the class yet: one row for each will do
+                features = self.predict_features(
+                    latents[:1].expand(len(kinds), -1, -1), kinds, visible[: len(kinds)], None, max_rows
+                )
+                conditioning = features[kind_of_row.unsqueeze(-1), chosen]
+            else:
+                tokens = latents.repeat(twins, 1, 1)
+                conditioning = self.predict_features(tokens, labels, visible, chosen, max_rows)
 
             # 6. Denoise them, each by itself
-            scheduler, noise = copy.deepcopy(schedulers[denoising_steps[step]]), gather_tokens(latents, chosen)
-            if hasattr(scheduler, "scale_initial_noise"):
-                noise = scheduler.scale_initial_noise(noise, temperature)
-            else:
-                noise = noise * scheduler.init_noise_sigma
-            conditioning = gather_tokens(features, places[1])
-            denoised = self.denoise_tokens(noise, conditioning, scheduler, guidance, temperature, generator)
+            guidance = self._guidance_of_step(guidance_schedule, num_masked[step + 1])
+            chosen = order[:, done:upto]
+            denoised = denoise(gather_tokens(latents, chosen), conditioning, denoising_steps[step], guidance)
             latents = scatter_tokens(latents, chosen, denoised)
 
             if callback_on_step_end is not None:
@@ -438,7 +425,7 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
                 latents = result.pop("latents", latents)
 
         # 7. Decode
-        images = self.decode_tokens(latents, output_type)
+        images = self.decode_tokens(latents, output_type, max_rows=max_batch_size)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -7,7 +7,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .scheduling_utils import TokenSchedulerOutput, check_num_steps, per_token
+from .scheduling_utils import TokenSchedulerOutput, check_num_steps, look_up, per_token
 
 
 class DDPMTokenScheduler(SchedulerMixin, ConfigMixin):
@@ -132,7 +132,8 @@ class DDPMTokenScheduler(SchedulerMixin, ConfigMixin):
             timesteps (`torch.LongTensor` of shape `(M,)`): 0 is nearly clean.
         """
         tables = self._training_tables(timesteps)
-        signal, spread = tables.sqrt_alphas_cumprod[timesteps], tables.sqrt_one_minus_alphas_cumprod[timesteps]
+        signal = look_up(tables.sqrt_alphas_cumprod, timesteps)
+        spread = look_up(tables.sqrt_one_minus_alphas_cumprod, timesteps)
         return per_token(signal, noise) * original_samples + per_token(spread, noise) * noise
 
     def token_loss(
@@ -154,7 +155,7 @@ class DDPMTokenScheduler(SchedulerMixin, ConfigMixin):
         tables = self._training_tables(timesteps)
         noisy = self.add_noise(clean, noise, timesteps)
         true_mean = tables.posterior_mean(clean, noisy, timesteps)
-        true_log_variance = per_token(tables.posterior_log_variance[timesteps], clean)
+        true_log_variance = per_token(look_up(tables.posterior_log_variance, timesteps), clean)
         mean = tables.posterior_mean(tables.predict_clean(noisy, predicted_noise.detach(), timesteps), noisy, timesteps)
         log_variance = tables.learned_log_variance(raw_variance, timesteps)
         divergence = 0.5 * (
@@ -194,7 +195,7 @@ class DDPMTokenScheduler(SchedulerMixin, ConfigMixin):
             [`TokenSchedulerOutput`], or a tuple if `return_dict` is `False`.
         """
         noise, raw_variance = model_output.chunk(2, dim=-1)
-        row = self._row_of_timestep[timestep]
+        row = look_up(self._row_of_timestep, torch.as_tensor(timestep, device=self._row_of_timestep.device))
         tables = self._sampling
         clean = tables.predict_clean(sample, noise, row)
         prev_sample = tables.posterior_mean(clean, sample, row)
@@ -258,18 +259,18 @@ class _DiffusionTables:
         return moved
 
     def predict_clean(self, noisy: torch.Tensor, noise: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        signal, spread = self.sqrt_alphas_cumprod[rows], self.sqrt_one_minus_alphas_cumprod[rows]
+        signal, spread = look_up(self.sqrt_alphas_cumprod, rows), look_up(self.sqrt_one_minus_alphas_cumprod, rows)
         return (noisy - per_token(spread, noisy) * noise) / per_token(signal, noisy)
 
     def posterior_mean(self, clean: torch.Tensor, noisy: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return (
-            per_token(self.clean_coefficient[rows], clean) * clean
-            + per_token(self.noisy_coefficient[rows], noisy) * noisy
+            per_token(look_up(self.clean_coefficient, rows), clean) * clean
+            + per_token(look_up(self.noisy_coefficient, rows), noisy) * noisy
         )
 
     def learned_log_variance(self, raw_variance: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        lower = per_token(self.posterior_log_variance[rows], raw_variance)
-        upper = per_token(self.log_betas[rows], raw_variance)
+        lower = per_token(look_up(self.posterior_log_variance, rows), raw_variance)
+        upper = per_token(look_up(self.log_betas, rows), raw_variance)
         share = (raw_variance + 1) / 2
         return share * upper + (1 - share) * lower
 

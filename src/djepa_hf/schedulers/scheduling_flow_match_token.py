@@ -6,7 +6,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .scheduling_utils import TokenSchedulerOutput, check_num_steps, per_token
+from .scheduling_utils import TokenSchedulerOutput, check_num_steps, look_up, per_token
 
 _EVALUATIONS = {"euler": 1, "heun": 2, "midpoint": 2}  # per interval
 
@@ -146,7 +146,7 @@ class FlowMatchTokenScheduler(SchedulerMixin, ConfigMixin):
             slope = (velocity + model_output) / 2 if self.config.solver == "heun" else model_output
             prev_sample, self._begun = start + size * slope, None
         else:
-            size = self._step_sizes[(self._starts - timestep).abs().argmin()]
+            size = look_up(self._step_sizes, (self._starts - timestep).abs().argmin())
             if self.config.solver != "euler" and self._evaluations_left > 0:
                 self._begun = sample, model_output, size
                 size = size / 2 if self.config.solver == "midpoint" else size

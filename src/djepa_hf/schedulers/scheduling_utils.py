@@ -28,3 +28,11 @@ def check_num_steps(num_inference_steps: int, most: int | None = None):
 def per_token(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Trailing axes for `values` (a scalar or one value per token), so that they broadcast over `tokens`."""
     return values.reshape(values.shape + (1,) * (tokens.ndim - values.ndim)) if values.ndim else values
+
+
+def look_up(table: torch.Tensor, rows: torch.LongTensor) -> torch.Tensor:
+    """
+    `table[rows]` of a table of one axis, in the shape of `rows`. Brackets around a single index would wait for the
+    device to tell it.
+    """
+    return table.index_select(0, rows.reshape(-1)).reshape(rows.shape)

@@ -1,0 +1,127 @@
+"""Noise and features to tokens: the inner loop of sampling (D-JEPA, arXiv 2410.03755, section 3.3)."""
+
+import copy
+import inspect
+from collections.abc import Iterator
+
+import torch
+from diffusers import SchedulerMixin
+from torch import nn
+
+# Rows of conditions that are worked on at once. A few tokens leave most of a matrix product's speed unused, because it
+# waits for the weights; a thousand do not.
+MODULATED_ROWS = 1024
+
+
+class TokenDenoiser:
+    """
+    Denoises the tokens of all autoregressive steps of one call. What is the same in several of them is computed once.
+
+    Timesteps and the schedulers' coefficients stay on the CPU, where Python can read them without waiting for an
+    accelerator.
+
+    Args:
+        network (`DenoisingMLP`): predicts noise or velocity.
+        scheduler (`SchedulerMixin`): stays as it is.
+        temperature (`float`): factor on the noise that steps add, or on the initial noise, where the scheduler has it.
+        generator (`torch.Generator` or list of them, *optional*): draws the noise of ancestral steps; one for all, or
+            one for each sample.
+        max_rows (`int`, *optional*): tokens that the network sees at once, the null class's included; all if not given.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scheduler: SchedulerMixin,
+        temperature: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        max_rows: int | None = None,
+    ):
+        self.network, self.scheduler, self.max_rows = network, scheduler, max_rows
+        accepted = inspect.signature(scheduler.step).parameters
+        options = {"temperature": temperature, "generator": generator}
+        self._step_options = {name: value for name, value in options.items() if name in accepted}
+        self._temperature = temperature
+        self._prepared: dict[int, SchedulerMixin] = {}
+        self._time_embeddings: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, noise: torch.Tensor, conditioning: torch.Tensor, num_steps: int, guidance: float | None = None
+    ) -> torch.Tensor:
+        """
+        Denoises some tokens.
+
+        Args:
+            noise (`torch.Tensor` of shape `(B, n, C)`): float32.
+            conditioning (`torch.Tensor` of shape `(B, n, P)`): their features; with guidance `(2B, n, P)`, those for
+                the null class behind the others.
+            num_steps (`int`): network evaluations.
+            guidance (`float`, *optional*): classifier-free guidance; without it, there is no null class.
+
+        Returns:
+            `torch.Tensor` of shape `(B, n, C)`, float32.
+        """
+        scheduler = copy.deepcopy(self.prepare(num_steps))  # some change as they go
+        if hasattr(scheduler, "scale_initial_noise"):
+            sample = scheduler.scale_initial_noise(noise, self._temperature)
+        else:
+            sample = noise * scheduler.init_noise_sigma
+        modulations = self._modulations(conditioning.flatten(0, 1), scheduler.timesteps)
+        for timestep, modulation in zip(scheduler.timesteps, modulations, strict=True):
+            output = self._evaluate(scheduler.scale_model_input(sample, timestep), modulation, guidance)
+            sample = scheduler.step(output, timestep, sample, **self._step_options).prev_sample
+        return sample
+
+    def prepare(self, num_steps: int) -> SchedulerMixin:
+        """
+        The scheduler with its timesteps set.
+
+        Raises:
+            ValueError: if it cannot make so many steps.
+        """
+        if num_steps not in self._prepared:
+            self._prepared[num_steps] = copy.deepcopy(self.scheduler)
+            self._prepared[num_steps].set_timesteps(num_steps)
+        return self._prepared[num_steps]
+
+    def _modulations(
+        self, conditioning: torch.Tensor, timesteps: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor | None, tuple[torch.Tensor, ...] | None]]:
+        """Arguments of the network besides the tokens, for each timestep."""
+        network, count = self.network, len(timesteps)
+        condition = network.condition_projection(conditioning.to(network.input_projection.weight.dtype))
+        if count not in self._time_embeddings:  # not before: offloaded weights have just arrived
+            self._time_embeddings[count] = network.time_embedding(timesteps.to(condition.device)).unsqueeze(1)
+        time_embeddings, at_once = self._time_embeddings[count], MODULATED_ROWS // len(condition)
+        if at_once < 2:
+            yield from ((embedding + condition, None) for embedding in time_embeddings)
+            return
+        for some in time_embeddings.split(at_once):
+            modulations = network.modulate(some + condition)  # (timesteps, M, ...) each
+            yield from ((None, modulation) for modulation in zip(*modulations, strict=True))
+
+    def _evaluate(
+        self,
+        noisy: torch.Tensor,
+        modulation: tuple[torch.Tensor | None, tuple[torch.Tensor, ...] | None],
+        guidance: float | None,
+    ) -> torch.Tensor:
+        """The network's output for noisy tokens `(B, n, C)` as the scheduler wants it, guided, in float32."""
+        size, dtype = noisy.shape[-1], self.network.input_projection.weight.dtype
+        if guidance is not None:  # both halves denoise the same noisy tokens
+            noisy = torch.cat([noisy, noisy])
+        tokens, (condition, modulations) = noisy.flatten(0, 1).to(dtype), modulation
+        if condition is None:
+            output = self.network(tokens, None, modulations)
+        else:
+            rows = self.max_rows or len(tokens)
+            parts = zip(tokens.split(rows), condition.split(rows), strict=True)
+            output = torch.cat([self.network(*part) for part in parts])
+        output = output.float().unflatten(0, noisy.shape[:2])
+        if guidance is not None:
+            output, null_output = output.chunk(2)
+            prediction, null_prediction = output[..., :size], null_output[..., :size]
+            guided = null_prediction + guidance * (prediction - null_prediction)
+            output = torch.cat([guided, output[..., size:]], dim=-1)  # the variance is the class's own
+        return output if getattr(self.scheduler, "takes_variance", False) else output[..., :size]
