@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_pipeline
 from PIL import Image
 
+from djepa_hf.arguments import parse_arguments
 from djepa_hf.configuration_djepa import PRESETS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -27,13 +28,14 @@ def sampling(monkeypatch):
     return module
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("objective", ["diffusion", "flow_matching"])
-def test_the_plain_version_draws_the_pipelines_images(sampling, objective):
+def test_the_plain_version_draws_the_pipelines_images(sampling, objective, guidance_scale):
     pipe = tiny_pipeline(objective=objective)
     labels, noise = torch.tensor([0, 3, 4]), torch.randn(3, 16, 4)
     order = torch.rand(3, 16).argsort(-1)
-    options = {"num_inference_steps": 5, "num_denoising_steps": 4, "guidance_scale": 2.0}
-    ours = sampling.pipeline_sample(pipe, labels, noise, order, options)
+    options = {"num_inference_steps": 5, "num_denoising_steps": 4, "guidance_scale": guidance_scale}
+    ours = sampling.pipeline_sample(pipe, labels, noise, order, **options)
     plain = sampling.plain_sample(pipe, labels, noise, order, **options)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
@@ -41,16 +43,41 @@ def test_the_plain_version_draws_the_pipelines_images(sampling, objective):
 def test_sampling_is_measured_part_by_part(sampling, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "base", TINY)
     path = tmp_path / "out" / "sampling.json"
-    argv = ["--output_path", str(path), "--rounds", "1", "--num_inference_steps", "2", "--num_denoising_steps", "2"]
-    sampling.main([*argv, "--batch_sizes", "1", "2", "--dtypes", "float32", "bfloat16"])
+    argv = ["--output_path", str(path), "--rounds", "1", "--num_inference_steps", "2", "--num_denoising_steps", "4"]
+    argv += ["--batch_sizes", "1", "2", "--dtypes", "float32", "bfloat16", "--profiles", "exact", "fast"]
+    monkeypatch.setattr(sampling, "KL16_SIZES", {"latent_channels": 16})  # one level
+    sampling.main(argv)
     report = json.loads(path.read_text())
-    settings = [(row["variant"], row["dtype"], row["batch_size"]) for row in report["results"]]
-    assert len(set(settings)) == 8
-    for row in report["results"]:
-        assert row["seconds"]["total"] >= max(row["seconds"][part] for part in ("encoder", "predictor", "denoiser"))
+    rows = {(row["variant"], row["dtype"], row["batch_size"]): row for row in report["results"]}
+    assert len(rows) == len(report["results"]) == 12
+    for row in rows.values():
+        assert all(seconds > 0 for seconds in row["seconds_of_parts"].values())
+        assert list(row["seconds_of_parts"]) == ["encoder", "predictor", "denoiser", "vae"]
         assert 0 <= row["utilisation"] < 1
-        if row["dtype"] == "float32":
-            assert row["relative_difference_of_images"] < 1e-4
+        assert row["milliseconds_per_image"] == pytest.approx(1000 * row["seconds"] / row["batch_size"], rel=1e-3)
+        if row["dtype"] == "float32" and row["variant"] == "exact":
+            assert row["relative_difference_from_plain"] < 1e-4
+    assert rows["plain", "float32", 1]["times_as_fast_as_plain"] == 1.0
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.width > 500
     assert "All figures are in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", sorted((BENCHMARKS / "configs").glob("sampling_*.yaml")), ids=lambda path: path.stem)
+def test_configs_hold_options_that_exist(sampling, config):
+    (args,) = parse_arguments(sampling.BenchmarkArguments, argv=["--config", str(config)])
+    assert args.output_path.endswith(".json")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("presets", ["tiny"], r"`presets` must be in \['base', 'large', 'huge'\], got \['tiny'\]"),
+        ("profiles", ["slow"], "`profile` must be one of exact, balanced, fast, got 'slow'"),
+        ("batch_sizes", [0], "Batch sizes, steps and rounds must be at least 1"),
+        ("dtypes", [], "`dtypes` must hold at least one value"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(sampling, option, value, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.BenchmarkArguments(**{option: value})

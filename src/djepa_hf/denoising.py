@@ -3,10 +3,14 @@
 import copy
 import inspect
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+
+from .compilation import CUDAGraphs
 
 # Rows of conditions that are worked on at once. A few tokens leave most of a matrix product's speed unused, because it
 # waits for the weights; a thousand do not.
@@ -17,7 +21,7 @@ class TokenDenoiser:
     """
     Denoises the tokens of all autoregressive steps of one call. What is the same in several of them is computed once.
 
-    Timesteps and the schedulers' coefficients stay on the CPU, where Python can read them without waiting for an
+    Timesteps and the schedulers' coefficients stay on the CPU, where Python reads them without waiting for an
     accelerator.
 
     Args:
@@ -27,6 +31,8 @@ class TokenDenoiser:
         generator (`torch.Generator` or list of them, *optional*): draws the noise of ancestral steps; one for all, or
             one for each sample.
         max_rows (`int`, *optional*): tokens that the network sees at once, the null class's included; all if not given.
+        graphs ([`CUDAGraphs`], *optional*): plays the loops of token schedulers back, where the network is on a CUDA
+            device to stay.
     """
 
     def __init__(
@@ -36,42 +42,12 @@ class TokenDenoiser:
         temperature: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         max_rows: int | None = None,
+        graphs: CUDAGraphs | None = None,
     ):
         self.network, self.scheduler, self.max_rows = network, scheduler, max_rows
-        accepted = inspect.signature(scheduler.step).parameters
-        options = {"temperature": temperature, "generator": generator}
-        self._step_options = {name: value for name, value in options.items() if name in accepted}
-        self._temperature = temperature
+        self.temperature, self.generator, self.graphs = temperature, generator, graphs
         self._prepared: dict[int, SchedulerMixin] = {}
         self._time_embeddings: dict[int, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def __call__(
-        self, noise: torch.Tensor, conditioning: torch.Tensor, num_steps: int, guidance: float | None = None
-    ) -> torch.Tensor:
-        """
-        Denoises some tokens.
-
-        Args:
-            noise (`torch.Tensor` of shape `(B, n, C)`): float32.
-            conditioning (`torch.Tensor` of shape `(B, n, P)`): their features; with guidance `(2B, n, P)`, those for
-                the null class behind the others.
-            num_steps (`int`): network evaluations.
-            guidance (`float`, *optional*): classifier-free guidance; without it, there is no null class.
-
-        Returns:
-            `torch.Tensor` of shape `(B, n, C)`, float32.
-        """
-        scheduler = copy.deepcopy(self.prepare(num_steps))  # some change as they go
-        if hasattr(scheduler, "scale_initial_noise"):
-            sample = scheduler.scale_initial_noise(noise, self._temperature)
-        else:
-            sample = noise * scheduler.init_noise_sigma
-        modulations = self._modulations(conditioning.flatten(0, 1), scheduler.timesteps)
-        for timestep, modulation in zip(scheduler.timesteps, modulations, strict=True):
-            output = self._evaluate(scheduler.scale_model_input(sample, timestep), modulation, guidance)
-            sample = scheduler.step(output, timestep, sample, **self._step_options).prev_sample
-        return sample
 
     def prepare(self, num_steps: int) -> SchedulerMixin:
         """
@@ -85,15 +61,72 @@ class TokenDenoiser:
             self._prepared[num_steps].set_timesteps(num_steps)
         return self._prepared[num_steps]
 
+    @torch.no_grad()
+    def __call__(
+        self, noise: torch.Tensor, conditioning: torch.Tensor, num_steps: int, guidance: float | None = None
+    ) -> torch.Tensor:
+        """
+        Denoises some tokens.
+
+        Args:
+            noise (`torch.Tensor` of shape `(B, n, C)`): float32.
+            conditioning (`torch.Tensor` of shape `(B, n, P)`): their features; with guidance `(2B, n, P)`, those for
+                the null class behind the others.
+            num_steps (`int`): network evaluations.
+            guidance (`float`, *optional*): scale of classifier-free guidance; without it, there is no null class.
+
+        Returns:
+            `torch.Tensor` of shape `(B, n, C)`, float32.
+        """
+        if num_steps not in self._time_embeddings:  # not before: offloaded weights have just arrived
+            timesteps = self.prepare(num_steps).timesteps.to(noise.device)
+            self._time_embeddings[num_steps] = self.network.time_embedding(timesteps).unsqueeze(1)
+        inputs = {"noise": noise, "conditioning": conditioning, "time_embeddings": self._time_embeddings[num_steps]}
+        if self.graphs is None or not hasattr(self.scheduler, "is_stochastic"):
+            return self._loop(num_steps, **inputs, guidance=guidance)
+        # Python is left out of what is played back: its numbers and draws become tensors
+        if guidance is not None:
+            inputs["guidance"] = torch.full((), guidance, device=noise.device)
+        if self.scheduler.is_stochastic:
+            draw = partial(randn_tensor, noise.shape, self.generator, noise.device, noise.dtype)
+            inputs["step_noise"] = torch.stack([draw() for _ in range(num_steps)])
+        weights = tuple(weight.data_ptr() for weight in self.network.parameters())
+        key = (num_steps, self.temperature, repr(self.scheduler.config), weights)
+        return self.graphs(key, partial(self._loop, num_steps), **inputs)
+
+    def _loop(
+        self,
+        num_steps: int,
+        noise: torch.Tensor,
+        conditioning: torch.Tensor,
+        time_embeddings: torch.Tensor,
+        guidance: float | torch.Tensor | None = None,
+        step_noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What `__call__` does; with the noise of all steps `(T, B, n, C)` given, nothing is drawn."""
+        scheduler = copy.deepcopy(self.prepare(num_steps))  # some change as they go
+        accepted = inspect.signature(scheduler.step).parameters
+        options = {"temperature": self.temperature, "generator": self.generator}
+        options = {name: value for name, value in options.items() if name in accepted}
+        if hasattr(scheduler, "scale_initial_noise"):
+            sample = scheduler.scale_initial_noise(noise, self.temperature)
+        else:
+            sample = noise * scheduler.init_noise_sigma
+        modulations = self._modulations(conditioning.flatten(0, 1), time_embeddings)
+        for i, (timestep, modulation) in enumerate(zip(scheduler.timesteps, modulations, strict=True)):
+            output = self._evaluate(scheduler.scale_model_input(sample, timestep), *modulation, guidance)
+            if step_noise is not None:
+                options["variance_noise"] = step_noise[i]
+            sample = scheduler.step(output, timestep, sample, **options).prev_sample
+        return sample
+
     def _modulations(
-        self, conditioning: torch.Tensor, timesteps: torch.Tensor
+        self, conditioning: torch.Tensor, time_embeddings: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor | None, tuple[torch.Tensor, ...] | None]]:
-        """Arguments of the network besides the tokens, for each timestep."""
-        network, count = self.network, len(timesteps)
+        """For each timestep what the network takes beside the tokens: a condition, or what it makes of one."""
+        network = self.network
         condition = network.condition_projection(conditioning.to(network.input_projection.weight.dtype))
-        if count not in self._time_embeddings:  # not before: offloaded weights have just arrived
-            self._time_embeddings[count] = network.time_embedding(timesteps.to(condition.device)).unsqueeze(1)
-        time_embeddings, at_once = self._time_embeddings[count], MODULATED_ROWS // len(condition)
+        at_once = MODULATED_ROWS // len(condition)
         if at_once < 2:
             yield from ((embedding + condition, None) for embedding in time_embeddings)
             return
@@ -104,14 +137,15 @@ class TokenDenoiser:
     def _evaluate(
         self,
         noisy: torch.Tensor,
-        modulation: tuple[torch.Tensor | None, tuple[torch.Tensor, ...] | None],
-        guidance: float | None,
+        condition: torch.Tensor | None,
+        modulations: tuple[torch.Tensor, ...] | None,
+        guidance: float | torch.Tensor | None,
     ) -> torch.Tensor:
         """The network's output for noisy tokens `(B, n, C)` as the scheduler wants it, guided, in float32."""
         size, dtype = noisy.shape[-1], self.network.input_projection.weight.dtype
         if guidance is not None:  # both halves denoise the same noisy tokens
             noisy = torch.cat([noisy, noisy])
-        tokens, (condition, modulations) = noisy.flatten(0, 1).to(dtype), modulation
+        tokens = noisy.flatten(0, 1).to(dtype)
         if condition is None:
             output = self.network(tokens, None, modulations)
         else:

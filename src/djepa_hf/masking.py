@@ -54,6 +54,33 @@ def random_token_order(
     return randn_tensor((batch_size, num_tokens), generator=generator, device=device, dtype=torch.float32).argsort(-1)
 
 
+def checkerboard_token_order(
+    batch_size: int,
+    grid_size: tuple[int, ...],
+    device: torch.device | str | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.LongTensor:
+    """
+    Draws an independent permutation per sample that takes the fields of one colour of a checkerboard first: no two of
+    them are neighbours, and all others have their neighbours around them when their turn comes (Generation then
+    Reconstruction, arXiv 2510.17171). Within a colour the order is uniformly random.
+
+    Args:
+        batch_size (`int`): number of permutations.
+        grid_size (`tuple[int, ...]`): tokens along each axis; any rank.
+        device, generator: as in [`random_token_order`], with the same draws.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, N)`.
+    """
+    num_tokens = math.prod(grid_size)
+    order = random_token_order(batch_size, num_tokens, device, generator)
+    axes = torch.meshgrid(*(torch.arange(side, device=order.device) for side in grid_size), indexing="ij")
+    colour = sum(axes).flatten() % 2  # (N,)
+    # a stable sort by colour keeps the random order within each
+    return order.gather(1, colour[order].argsort(dim=-1, stable=True))
+
+
 def visible_places(mask: torch.BoolTensor) -> torch.LongTensor:
     """
     The places of the visible tokens, in ascending order.

@@ -59,7 +59,6 @@ class DJEPAAttention(nn.Module):
         self, hidden_states: torch.Tensor, places: torch.LongTensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`places` `(B, n)`: where attention is wanted from, `(B, n, D)`; everywhere if not given."""
-        batch_size, length, _ = hidden_states.shape
         query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
         if places is not None:
             query = gather_tokens(query, places)

@@ -11,20 +11,24 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel
 
+from .compilation import CUDAGraphs, check_compilation
 from .denoising import TokenDenoiser
 from .hub import PipelineHubMixin
 from .labels import find_label_id
 from .latents import decode_samples
 from .masking import (
+    checkerboard_token_order,
     gather_tokens,
     num_denoising_steps_per_step,
     num_masked_per_step,
     random_token_order,
     scatter_tokens,
 )
-from .schedulers import TOKEN_SCHEDULERS
+from .profiles import find_profile
+from .schedulers import TOKEN_SCHEDULERS, solver_for
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+TOKEN_ORDERS = ("random", "checkerboard")
 GUIDANCE_SCHEDULES = ("linear", "constant")
 
 
@@ -53,6 +57,7 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._interrupt = False
+        self._graphs: CUDAGraphs | None = None
         self.check_components()
 
     @property
@@ -142,13 +147,19 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         num_images_per_label: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        token_order: torch.Tensor | None = None,
+        token_order: torch.Tensor | str | None = None,
         output_type: str = "pil",
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         final_denoising_steps: int | None = None,
+        solver: str | None = None,
+        profile: str = "exact",
+        null_refresh_interval: int = 1,
+        max_batch_size: int = 64,
     ):
         """Raises a `ValueError`, before any work, for the first argument of a call that cannot be right."""
         self.check_components()
+        find_profile(profile)
+        self._scheduler_for(solver)
         config = self.transformer.config
         num_tokens = config.num_tokens
         if num_images_per_label < 1:
@@ -164,6 +175,10 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             raise ValueError(f"`num_denoising_steps` must be at least 1, got {num_denoising_steps}.")
         if final_denoising_steps is not None and final_denoising_steps < 1:
             raise ValueError(f"`final_denoising_steps` must be at least 1, got {final_denoising_steps}.")
+        if null_refresh_interval < 1:
+            raise ValueError(f"`null_refresh_interval` must be at least 1, got {null_refresh_interval}.")
+        if max_batch_size < 1:
+            raise ValueError(f"`max_batch_size` must be at least 1, got {max_batch_size}.")
         if guidance_schedule not in GUIDANCE_SCHEDULES:
             raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, got {guidance_schedule!r}.")
         if not 0 <= guidance_scale < float("inf"):
@@ -180,12 +195,14 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         shape = (batch_size, num_tokens, config.token_size)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
-        if token_order is not None:
+        if isinstance(token_order, torch.Tensor):
             if tuple(token_order.shape) != shape[:2]:
                 raise ValueError(f"`token_order` must have shape {shape[:2]}, got {tuple(token_order.shape)}.")
             in_order = torch.arange(num_tokens, device=token_order.device).expand(shape[:2])
             if token_order.is_floating_point() or not torch.equal(token_order.sort(-1).values.long(), in_order):
                 raise ValueError(f"Every row of `token_order` must be a permutation of 0..{num_tokens - 1}.")
+        elif token_order is not None and token_order not in TOKEN_ORDERS:
+            raise ValueError(f"`token_order` must be a tensor or one of {TOKEN_ORDERS}, got {token_order!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
         channels = config.num_channels if self.vae is None else self.vae.config.out_channels
@@ -199,6 +216,30 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be in {self._callback_tensor_inputs}, got {unknown}."
             )
+
+    def compile(self, **options):
+        """
+        Compiles the transformers' blocks and the denoising MLP, each for any number of tokens and images, so that few
+        programs serve all calls. On a CUDA device, the loops of the token schedulers are recorded as CUDA graphs
+        besides, one for each number of tokens that a step reveals. The first call takes a while.
+
+        Call it when the pipeline is on its device. Where weights come and go (CPU offload), there are no CUDA graphs.
+
+        Args:
+            **options: of `torch.compile`.
+
+        Raises:
+            ValueError: if there is nothing to compile with here; the pipeline stays as it is.
+        """
+        device, model = self._execution_device, self.transformer
+        if options.get("backend", "inductor") == "inductor":
+            check_compilation(device)
+        # not the encoder and the predictor as a whole: one program each for no, one and several visible tokens, and the
+        # same again for those that are wanted, would take minutes
+        for part in (*model.encoder.layers, *model.predictor.layers, model.denoiser):
+            part.compile(**{"dynamic": True, **options})
+        stays = not any(hasattr(module, "_hf_hook") for module in model.modules())
+        self._graphs = CUDAGraphs() if device.type == "cuda" and stays else None
 
     def prepare_latents(
         self,
@@ -217,13 +258,15 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         self,
         batch_size: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        token_order: torch.Tensor | None = None,
+        token_order: torch.Tensor | str | None = None,
     ) -> torch.LongTensor:
-        """The order in which tokens are generated, `(batch_size, N)`, uniformly random unless given."""
-        device = self._execution_device
-        if token_order is not None:
+        """The order in which tokens are generated, `(batch_size, N)`, drawn unless given; see `__call__`."""
+        device, config = self._execution_device, self.transformer.config
+        if isinstance(token_order, torch.Tensor):
             return token_order.to(device=device, dtype=torch.long)
-        return random_token_order(batch_size, self.transformer.config.num_tokens, device, generator)
+        if token_order == "checkerboard":
+            return checkerboard_token_order(batch_size, config.grid_size, device, generator)
+        return random_token_order(batch_size, config.num_tokens, device, generator)
 
     def predict_features(
         self,
@@ -294,12 +337,15 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         num_images_per_label: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        token_order: torch.Tensor | None = None,
+        token_order: torch.Tensor | str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["DJEPAPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         final_denoising_steps: int | None = None,
+        solver: str | None = None,
+        profile: str = "exact",
+        null_refresh_interval: int = 1,
         max_batch_size: int = 64,
     ) -> ImagePipelineOutput | tuple:
         r"""
@@ -326,8 +372,9 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
                 One for all, or one per image: then an image does not depend on its neighbours in the batch.
             latents (`torch.Tensor` of shape `(B, N, C)`, *optional*):
                 Initial noise of every token.
-            token_order (`torch.LongTensor` of shape `(B, N)`, *optional*):
-                The order in which tokens are generated, first to last.
+            token_order (`"random"`, `"checkerboard"` or `torch.LongTensor` of shape `(B, N)`, *optional*):
+                The order in which tokens are generated, first to last; random if not given. `"checkerboard"` is random
+                among the fields of one colour first, then among the others ([`~masking.checkerboard_token_order`]).
             output_type (`"pil"`, `"np"`, `"pt"` or `"latent"`, *optional*, defaults to `"pil"`):
                 Pictures; arrays `(B, H, W, channels)` in [0, 1]; tensors `(B, channels, H, W)` in [0, 1]; or samples of
                 the model's space `(B, num_channels, *sample_size)`.
@@ -343,6 +390,20 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
                 Denoising steps in the last autoregressive step: they go there from `num_denoising_steps` on a line. The
                 first tokens need most, because they know least (DiSA, arXiv 2505.20297). The same number in all steps
                 if not given.
+            solver (`str`, *optional*):
+                How tokens are denoised in this call, instead of by `pipe.scheduler`: `"ddpm"`, `"ddim"`,
+                `"dpmsolver++"` or `"unipc"` for the diffusion objective; `"euler"`, `"heun"` or `"midpoint"` for flow
+                matching.
+            profile (`"exact"`, `"balanced"` or `"fast"`, *optional*, defaults to `"exact"`):
+                How much of the work that the other options ask for is really done, see
+                [`~DJEPAPipeline.expand_profile`]. `"exact"` does all of it.
+            null_refresh_interval (`int`, *optional*, defaults to 1):
+                With guidance, the networks see the null class in every so manieth autoregressive step; in between, its
+                features differ from those of the class as they did then (the condition cache of LazyMAR, arXiv
+                2503.12450).
+            max_batch_size (`int`, *optional*, defaults to 64):
+                Images that the networks see at once. More are worked on in parts, so that memory stays bounded; the
+                result is the same.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
@@ -370,12 +431,18 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
             final_denoising_steps,
+            solver,
+            profile,
+            null_refresh_interval,
+            max_batch_size,
         )
         if isinstance(generator, list) and len(generator) == 1:
             generator = generator[0]
+        options = self.expand_profile(profile, num_inference_steps, num_denoising_steps, final_denoising_steps, solver)
+        num_inference_steps, num_denoising_steps, final_denoising_steps, solver = options.values()
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
 
-        # 2. Prepare labels, noise and order; with guidance, the same again for the null class behind them
+        # 2. Prepare labels, noise and order; with guidance, each sample has a twin of the null class
         device, config = self._execution_device, self.transformer.config
         labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
         order = self.prepare_token_order(batch_size, generator, token_order)
@@ -384,32 +451,32 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         if twins == 2:
             labels = torch.cat([labels, torch.full_like(labels, config.num_labels)])
         kinds, kind_of_row = (part.to(device) for part in labels.unique(return_inverse=True))
-        labels, places, max_rows = labels.to(device), order.repeat(twins, 1), twins * max_batch_size
+        labels, places = labels.to(device), order.repeat(twins, 1)
 
         # 3. Prepare the schedules of both kinds of steps
         num_masked = num_masked_per_step(config.num_tokens, num_inference_steps)
         denoising_steps = num_denoising_steps_per_step(num_denoising_steps, final_denoising_steps, num_inference_steps)
-        max_tokens = max_rows * config.num_tokens
-        denoise = TokenDenoiser(self.transformer.denoiser, self.scheduler, temperature, generator, max_tokens)
-        for steps in set(denoising_steps):
-            denoise.prepare(steps)
+        max_tokens = twins * max_batch_size * config.num_tokens
+        denoise = TokenDenoiser(
+            self.transformer.denoiser, self._scheduler_for(solver), temperature, generator, max_tokens, self._graphs
+        )
+        for count in set(denoising_steps):
+            denoise.prepare(count)
 
         # 4. Reveal tokens, a few at a time
         for step in self.progress_bar(range(num_inference_steps)):
             if self.interrupt:
                 continue
             done, upto = config.num_tokens - num_masked[step], config.num_tokens - num_masked[step + 1]
-            visible, chosen = places[:, :done], places[:, done:upto]
 
             # 5. Features of the tokens to come
             if done == 0:  # they know nothing but the class yet: one row for each will do
-                features = self.predict_features(
-                    latents[:1].expand(len(kinds), -1, -1), kinds, visible[: len(kinds)], None, max_rows
-                )
-                conditioning = features[kind_of_row.unsqueeze(-1), chosen]
+                tokens, visible = latents[:1].expand(len(kinds), -1, -1), places[: len(kinds), :0]
+                features = self.predict_features(tokens, kinds, visible, None, twins * max_batch_size)
+                conditioning = features[kind_of_row.unsqueeze(-1), places[:, :upto]]
             else:
-                tokens = latents.repeat(twins, 1, 1)
-                conditioning = self.predict_features(tokens, labels, visible, chosen, max_rows)
+                tokens, visible, chosen = latents.repeat(twins, 1, 1), places[:, :done], places[:, done:upto]
+                conditioning = self.predict_features(tokens, labels, visible, chosen, twins * max_batch_size)
 
             # 6. Denoise them, each by itself
             guidance = self._guidance_of_step(guidance_schedule, num_masked[step + 1])
@@ -428,6 +495,35 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         images = self.decode_tokens(latents, output_type, max_rows=max_batch_size)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def expand_profile(
+        self,
+        profile: str,
+        num_inference_steps: int = 64,
+        num_denoising_steps: int = 100,
+        final_denoising_steps: int | None = None,
+        solver: str | None = None,
+    ) -> dict[str, int | str | None]:
+        """
+        The options that a profile stands for: `pipe(label, **pipe.expand_profile("fast"))` is
+        `pipe(label, profile="fast")`.
+
+        Args:
+            profile (`str`): one of [`~profiles.PROFILES`].
+            num_inference_steps, num_denoising_steps, final_denoising_steps, solver: as in `__call__`, where they say
+                how the image would be made with all the work.
+
+        Raises:
+            ValueError: if there is no such profile.
+        """
+        objective = self.transformer.config.objective
+        steps = num_inference_steps, num_denoising_steps, final_denoising_steps
+        return find_profile(profile).options(objective, *steps, solver)
+
+    def _scheduler_for(self, solver: str | None) -> SchedulerMixin:
+        if solver is None:
+            return self.scheduler
+        return solver_for(self.transformer.config.objective, solver, self.scheduler)
 
     def _guidance_of_step(self, schedule: str, num_still_masked: int) -> float | None:
         if self.guidance_scale == 1.0:

@@ -30,7 +30,7 @@ _LDM_NAMES = tuple(
         (r"\.to_out\.0\.", ".proj_out."),
     )
 )
-_KL16 = {
+KL16_SIZES = {
     "latent_channels": 16,
     "block_out_channels": (128, 128, 256, 256, 512),
     "layers_per_block": 2,
@@ -71,7 +71,7 @@ def load_ldm_vae(
     try:
         sizes = _sizes(weights)
     except (KeyError, IndexError):
-        sizes = _KL16  # so that what is missing can be named
+        sizes = KL16_SIZES  # so that what is missing can be named
     with torch.device("meta"):
         vae = AutoencoderKL(**sizes, scaling_factor=scaling_factor, sample_size=sample_size)
     levels = len(vae.config.block_out_channels)

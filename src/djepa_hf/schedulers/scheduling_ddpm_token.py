@@ -41,6 +41,7 @@ class DDPMTokenScheduler(SchedulerMixin, ConfigMixin):
 
     order = 1
     init_noise_sigma = 1.0
+    is_stochastic = True  # `step` adds noise
     takes_variance = True  # `step` wants the model's raw variance beside its noise; diffusers' schedulers do not
     _compatibles = [
         "DDIMScheduler",

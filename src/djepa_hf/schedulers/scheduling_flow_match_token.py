@@ -33,6 +33,7 @@ class FlowMatchTokenScheduler(SchedulerMixin, ConfigMixin):
 
     order = 1
     init_noise_sigma = 1.0
+    is_stochastic = False  # `step` adds no noise
 
     @register_to_config
     def __init__(
