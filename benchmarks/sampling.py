@@ -62,7 +62,7 @@ class BenchmarkArguments:
             if kind.name.endswith("s") and isinstance(getattr(self, kind.name), list) and not getattr(self, kind.name):
                 raise ValueError(f"`{kind.name}` must hold at least one value.")
         for name in self.profiles:
-            find_profile(name)
+            find_profile(name, self.objective)
         unknown = [name for name in self.presets if name not in PRESETS]
         if unknown:
             raise ValueError(f"`presets` must be in {list(PRESETS)}, got {unknown}.")
@@ -210,9 +210,9 @@ def measure_setting(
     for name, call in variants.items():
         profile, _, kind = name.partition(", ")
         steps = [options["num_inference_steps"], options["num_denoising_steps"]]
-        expanded = pipes[""].expand_profile(profile if profile in PROFILES else "exact", *steps)
-        done = [expanded[name] for name in ("num_inference_steps", "num_denoising_steps")]
-        flops = sampling_flops(config, *done, options["guidance_scale"], expanded["final_denoising_steps"])
+        done = pipes[""].expand_profile(profile if profile in PROFILES else "exact", *steps)
+        del done["solver"]
+        flops = sampling_flops(config, guidance_scale=options["guidance_scale"], **done)
         total, flops = statistics.median(seconds[name]), size * sum(flops.values())
         parts = measure_parts(pipes[kind].transformer, call) | ({} if vae is None else {"vae": vae})
         row = {

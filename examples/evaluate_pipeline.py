@@ -39,9 +39,6 @@ class OutputArguments:
     """How to draw, and what to keep."""
 
     labels: Literal["balanced", "random"] = option("balanced", "Classes in turn, or drawn.")
-    solver: str | None = option(
-        None, "Another than the pipeline's: ddpm, ddim, dpmsolver++, unipc; or euler, heun, midpoint."
-    )
     kernel_subset_size: int | None = option(None, "Images per subset of the kernel distance; 1000 or all.")
     save_images: Literal["no", "png", "npz"] = option("no", "Keep all pictures, or write ADM's sample file, too.")
     update_card: bool = option(False, "Put the figures into the model card of the pipeline's folder.")
@@ -86,7 +83,6 @@ def main(argv: list[str] | None = None):
         labels=output.labels,
         seed=args.seed,
         batch_size=args.batch_size,
-        solver=output.solver,
         kernel_subset_size=output.kernel_subset_size,
     )
     check_protocol(pipe, protocol)

@@ -55,12 +55,12 @@ class Search:
     protocol: Protocol
     results: dict[str, dict] = field(default_factory=dict)  # by the name of the cell
 
-    def cell(self, solver: str | None = None, **sampling) -> dict:
+    def cell(self, **sampling) -> dict:
         """The evaluation with some options changed; on all processes."""
-        protocol = self.changed(solver, **sampling)
+        protocol = self.changed(**sampling)
         options = protocol.sampling
         name = "_".join(f"{short}{options[long]:g}" for short, long in NAMES.items())
-        name += f"_{solver}" if solver else ""
+        name += f"_{options['solver']}" if options.get("solver") else ""
         folder = self.folder / "cells" / name
         result = self.evaluation.measure(folder, protocol, title=name)
         (result,) = broadcast_object_list([result])
@@ -69,9 +69,9 @@ class Search:
         self.results[name] = result
         return result
 
-    def changed(self, solver: str | None = None, **sampling) -> Protocol:
+    def changed(self, **sampling) -> Protocol:
         """The protocol with some options changed."""
-        return replace(self.protocol, sampling={**self.protocol.sampling, **sampling}, solver=solver)
+        return replace(self.protocol, sampling={**self.protocol.sampling, **sampling})
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +128,9 @@ def search_steps(search: Search, args: GridArguments, best: dict) -> dict[str, d
     steps = steps_to_compare(args, search.num_tokens)
     return {
         solver or best["protocol"]["solver"]: {
-            name: [search.cell(solver, **sampling, **{name: value}) for value in values]
+            name: [
+                search.cell(**sampling, **({"solver": solver} if solver else {}), **{name: value}) for value in values
+            ]
             for name, values in steps.items()
         }
         for solver in args.solvers or [None]
@@ -152,7 +154,7 @@ def check_values(search: Search, args: GridArguments):
         for value in choices:
             check_protocol(pipe, search.changed(**{name: value}))
     for solver in args.solvers:
-        check_protocol(pipe, search.changed(solver))
+        check_protocol(pipe, search.changed(solver=solver))
 
 
 def plot_grid(results: list[dict], path: Path, title: str):

@@ -65,6 +65,7 @@ def sampling_flops(
     num_denoising_steps: int,
     guidance_scale: float,
     final_denoising_steps: int | None = None,
+    null_refresh_interval: int = 1,
 ) -> dict[str, float]:
     """
     Floating-point operations of sampling one image and part, counted as in [`training_flops`]. The options are those of
@@ -75,18 +76,20 @@ def sampling_flops(
     encoder = predictor = evaluations = 0.0
     masked = num_masked_per_step(tokens, num_inference_steps)
     steps = num_denoising_steps_per_step(num_denoising_steps, final_denoising_steps, num_inference_steps)
-    for hidden, still_hidden, denoising_steps in zip(masked[:-1], masked[1:], steps, strict=True):
-        visible = tokens - hidden
+    is_guided = guidance_scale != 1
+    for step, denoising_steps in enumerate(steps):
+        hidden, still_hidden = masked[step : step + 2]
+        visible, length = tokens - hidden, buffer + tokens
+        passes = 2 if is_guided and (step == 0 or (step - 1) % null_refresh_interval == 0) else 1
         evaluations += (hidden - still_hidden) * denoising_steps
-        encoder += _transformer_flops(config, buffer + visible, width, config.num_hidden_layers)
-        encoder += 2 * visible * size * width
-        length = buffer + tokens
-        predictor += _transformer_flops(config, length, predictor_width, config.predictor_num_hidden_layers)
-        predictor += 2 * (buffer + visible) * width * predictor_width
+        encoder += passes * _transformer_flops(config, buffer + visible, width, config.num_hidden_layers)
+        encoder += passes * 2 * visible * size * width
+        layers = config.predictor_num_hidden_layers
+        predictor += passes * _transformer_flops(config, length, predictor_width, layers)
+        predictor += passes * 2 * (buffer + visible) * width * predictor_width
     denoiser = 2 * evaluations * _denoiser_products(config)
     denoiser += 2 * tokens * predictor_width * config.denoiser_hidden_size
-    passes = 1 if guidance_scale == 1 else 2
-    return {"encoder": passes * encoder, "predictor": passes * predictor, "denoiser": passes * denoiser}
+    return {"encoder": encoder, "predictor": predictor, "denoiser": (2 if is_guided else 1) * denoiser}
 
 
 def _transformer_flops(config: DJEPAConfig, length: float, width: int, layers: int) -> float:

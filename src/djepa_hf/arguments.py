@@ -145,15 +145,21 @@ class SamplingArguments:
     guidance_scale: float = option(3.0, "Classifier-free guidance; 1 does without.")
     guidance_schedule: Literal["linear", "constant"] = option("linear", "How guidance grows as tokens appear.")
     temperature: float = option(0.98, "Below 1: less variety, fewer mistakes.")
+    solver: str | None = option(
+        None, "Another than the pipeline's: ddpm, ddim, dpmsolver++, unipc; or euler, heun, midpoint."
+    )
+    profile: Literal["exact", "balanced", "fast"] = option("exact", "How much of all these steps is really done.")
+    token_order: Literal["random", "checkerboard"] = option("random", "Which tokens come first.")
+    null_refresh_interval: int = option(1, "With guidance, steps between two looks at the null class.")
 
     def call_options(self, num_tokens: int) -> dict[str, Any]:
         """Keyword arguments of `DJEPAPipeline.__call__` for a model of `num_tokens` tokens."""
         options = dataclasses.asdict(self)
         if self.num_inference_steps is None:
             options["num_inference_steps"] = min(64, num_tokens)
-        if self.final_denoising_steps is None:
-            del options["final_denoising_steps"]
-        return options
+        usual = {"final_denoising_steps": None, "solver": None, "profile": "exact"}
+        usual |= {"token_order": "random", "null_refresh_interval": 1}
+        return {name: value for name, value in options.items() if name not in usual or value != usual[name]}
 
 
 def parse_arguments(*dataclass_types: type, argv: list[str] | None = None, description: str | None = None) -> tuple:

@@ -158,8 +158,8 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
     ):
         """Raises a `ValueError`, before any work, for the first argument of a call that cannot be right."""
         self.check_components()
-        find_profile(profile)
-        self._scheduler_for(solver)
+        find_profile(profile, self.transformer.config.objective)
+        self.scheduler_for(solver)
         config = self.transformer.config
         num_tokens = config.num_tokens
         if num_images_per_label < 1:
@@ -273,7 +273,7 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         tokens: torch.Tensor,
         class_labels: torch.LongTensor,
         visible: torch.LongTensor,
-        wanted: torch.LongTensor | None = None,
+        wanted: torch.LongTensor,
         max_rows: int | None = None,
     ) -> torch.Tensor:
         """
@@ -283,18 +283,17 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             tokens (`torch.Tensor` of shape `(B, N, C)`): those that are there, in their places.
             class_labels (`torch.LongTensor` of shape `(B,)`): class ids, or that of the null class.
             visible (`torch.LongTensor` of shape `(B, visible)`): places of the tokens that are there.
-            wanted (`torch.LongTensor` of shape `(B, wanted)`, *optional*): places whose features are asked for; all if
-                not given.
+            wanted (`torch.LongTensor` of shape `(B, wanted)`): places whose features are asked for.
             max_rows (`int`, *optional*): samples that the networks see at once; all if not given.
 
         Returns:
             `torch.Tensor` of shape `(B, wanted, P)`.
         """
-        inputs, model, features = [tokens, class_labels, visible], self.transformer, []
-        inputs += [] if wanted is None else [wanted]
-        for some, labels, *places in zip(*(part.split(max_rows or len(part)) for part in inputs), strict=True):
-            context_features = model.encode(some, labels, visible=places[0])
-            features.append(model.predict(context_features, None, *places))
+        model, features = self.transformer, []
+        inputs = (part.split(max_rows or len(part)) for part in (tokens, class_labels, visible, wanted))
+        for some_tokens, some_labels, some_visible, some_wanted in zip(*inputs, strict=True):
+            context_features = model.encode(some_tokens, some_labels, visible=some_visible)
+            features.append(model.predict(context_features, visible=some_visible, wanted=some_wanted))
         return torch.cat(features)
 
     def decode_tokens(
@@ -438,8 +437,9 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         )
         if isinstance(generator, list) and len(generator) == 1:
             generator = generator[0]
-        options = self.expand_profile(profile, num_inference_steps, num_denoising_steps, final_denoising_steps, solver)
-        num_inference_steps, num_denoising_steps, final_denoising_steps, solver = options.values()
+        options = num_inference_steps, num_denoising_steps, final_denoising_steps, solver, null_refresh_interval
+        options = self.expand_profile(profile, *options).values()
+        num_inference_steps, num_denoising_steps, final_denoising_steps, solver, null_refresh_interval = options
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
 
         # 2. Prepare labels, noise and order; with guidance, each sample has a twin of the null class
@@ -451,15 +451,15 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         if twins == 2:
             labels = torch.cat([labels, torch.full_like(labels, config.num_labels)])
         kinds, kind_of_row = (part.to(device) for part in labels.unique(return_inverse=True))
-        labels, places = labels.to(device), order.repeat(twins, 1)
+        labels, places, max_rows = labels.to(device), order.repeat(twins, 1), twins * max_batch_size
+        if twins == 1:
+            null_refresh_interval = 1
 
         # 3. Prepare the schedules of both kinds of steps
         num_masked = num_masked_per_step(config.num_tokens, num_inference_steps)
         denoising_steps = num_denoising_steps_per_step(num_denoising_steps, final_denoising_steps, num_inference_steps)
-        max_tokens = twins * max_batch_size * config.num_tokens
-        denoise = TokenDenoiser(
-            self.transformer.denoiser, self._scheduler_for(solver), temperature, generator, max_tokens, self._graphs
-        )
+        draw, max_tokens = (temperature, generator), max_rows * config.num_tokens
+        denoise = TokenDenoiser(self.transformer.denoiser, self.scheduler_for(solver), *draw, max_tokens, self._graphs)
         for count in set(denoising_steps):
             denoise.prepare(count)
 
@@ -472,11 +472,19 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             # 5. Features of the tokens to come
             if done == 0:  # they know nothing but the class yet: one row for each will do
                 tokens, visible = latents[:1].expand(len(kinds), -1, -1), places[: len(kinds), :0]
-                features = self.predict_features(tokens, kinds, visible, None, twins * max_batch_size)
+                everywhere = torch.arange(config.num_tokens, device=device).expand(len(kinds), -1)
+                features = self.predict_features(tokens, kinds, visible, everywhere, max_rows)
                 conditioning = features[kind_of_row.unsqueeze(-1), places[:, :upto]]
+            elif (step - 1) % null_refresh_interval == 0:  # for all steps until the null class is looked at again
+                known, last = done, min(step + null_refresh_interval, num_inference_steps)
+                visible, wanted = places[:, :done], places[:, done : config.num_tokens - num_masked[last]]
+                features = self.predict_features(latents.repeat(twins, 1, 1), labels, visible, wanted, max_rows)
+                null_difference = features[-batch_size:] - features[:batch_size]
+                conditioning = features[:, : upto - done]
             else:
-                tokens, visible, chosen = latents.repeat(twins, 1, 1), places[:, :done], places[:, done:upto]
-                conditioning = self.predict_features(tokens, labels, visible, chosen, twins * max_batch_size)
+                rows = labels[:batch_size], order[:, :done], order[:, done:upto]
+                features = self.predict_features(latents, *rows, max_rows)
+                conditioning = torch.cat([features, features + null_difference[:, done - known : upto - known]])
 
             # 6. Denoise them, each by itself
             guidance = self._guidance_of_step(guidance_schedule, num_masked[step + 1])
@@ -503,6 +511,7 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         num_denoising_steps: int = 100,
         final_denoising_steps: int | None = None,
         solver: str | None = None,
+        null_refresh_interval: int = 1,
     ) -> dict[str, int | str | None]:
         """
         The options that a profile stands for: `pipe(label, **pipe.expand_profile("fast"))` is
@@ -510,17 +519,24 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
 
         Args:
             profile (`str`): one of [`~profiles.PROFILES`].
-            num_inference_steps, num_denoising_steps, final_denoising_steps, solver: as in `__call__`, where they say
-                how the image would be made with all the work.
+            num_inference_steps, num_denoising_steps, final_denoising_steps, solver, null_refresh_interval: as in
+                `__call__`, where they say how images would be made with all the work. What they save already, and the
+                solver, stay as they are.
 
         Raises:
             ValueError: if there is no such profile.
         """
-        objective = self.transformer.config.objective
+        chosen = find_profile(profile, self.transformer.config.objective)
         steps = num_inference_steps, num_denoising_steps, final_denoising_steps
-        return find_profile(profile).options(objective, *steps, solver)
+        return chosen.options(*steps, solver, null_refresh_interval)
 
-    def _scheduler_for(self, solver: str | None) -> SchedulerMixin:
+    def scheduler_for(self, solver: str | None) -> SchedulerMixin:
+        """
+        The scheduler of a call with that `solver`: the pipeline's own, if none is given.
+
+        Raises:
+            ValueError: if the model's objective has no such solver.
+        """
         if solver is None:
             return self.scheduler
         return solver_for(self.transformer.config.objective, solver, self.scheduler)

@@ -1,70 +1,72 @@
 """Named trade-offs between quality and time: what each does to the options of a call."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class SamplingProfile:
     """
-    How much of the work that a call's options ask for is done.
+    How much of the work that a call asks for is done.
 
     Args:
-        inference_steps (`float`): share of the autoregressive steps.
-        denoising_steps (`float`): share of the denoising steps of the first tokens.
-        final_denoising_steps (`float`): share of the denoising steps of the last tokens.
-        least_inference_steps, least_denoising_steps (`int`): a call that asks for no more than that gets what it asks
-            for.
-        solvers (`dict[str, str]`): the solver for each objective that has another one than the scheduler's own.
+        inference_steps (`float`): share of the autoregressive steps, of more than `least_inference_steps` of them.
+        denoising_steps (`float`): share of the denoising steps, of more than `least_denoising_steps` of them.
+        solver (`str`, *optional*): how tokens are denoised, if the call does not say.
+        null_refresh_interval (`int`): autoregressive steps between two looks at the null class, at least.
     """
 
     inference_steps: float = 1.0
     denoising_steps: float = 1.0
-    final_denoising_steps: float = 1.0
-    least_inference_steps: int = 1
-    least_denoising_steps: int = 1
-    solvers: dict[str, str] = field(default_factory=dict)
+    solver: str | None = None
+    null_refresh_interval: int = 1
+    least_inference_steps: int = 8
+    least_denoising_steps: int = 4
 
     def options(
         self,
-        objective: str,
         num_inference_steps: int,
         num_denoising_steps: int,
         final_denoising_steps: int | None = None,
         solver: str | None = None,
+        null_refresh_interval: int = 1,
     ) -> dict[str, int | str | None]:
-        """
-        What the profile makes of a call's options, which are those of [`DJEPAPipeline`]'s call. Options that say how
-        tokens are denoised at the end, or by which solver, stay as they are where they are given.
-        """
-        first = _share(num_denoising_steps, self.denoising_steps, self.least_denoising_steps)
-        last = final_denoising_steps
-        if last is None and self.final_denoising_steps != self.denoising_steps:
-            last = _share(num_denoising_steps, self.final_denoising_steps, self.least_denoising_steps)
+        """What the profile makes of options of [`DJEPAPipeline`]'s call, under the same names and in this order."""
+        denoising_steps, final = num_denoising_steps, final_denoising_steps
         return {
-            "num_inference_steps": _share(num_inference_steps, self.inference_steps, self.least_inference_steps),
-            "num_denoising_steps": first,
-            "final_denoising_steps": last,
-            "solver": solver or self.solvers.get(objective),
+            "num_inference_steps": _part(num_inference_steps, self.inference_steps, self.least_inference_steps),
+            "num_denoising_steps": _part(denoising_steps, self.denoising_steps, self.least_denoising_steps),
+            "final_denoising_steps": final and _part(final, self.denoising_steps, self.least_denoising_steps),
+            "solver": solver or self.solver,
+            "null_refresh_interval": max(null_refresh_interval, self.null_refresh_interval),
         }
 
 
-# chosen by measurement: README, "How fast"
+# Chosen by measurement (README, "How fast"). Flow matching's paths are nearly straight, so that a solver of second
+# order needs few steps; with the diffusion objective nothing does with few what ancestral steps do with many.
 PROFILES = {
-    "exact": SamplingProfile(),
-    "balanced": SamplingProfile(),
-    "fast": SamplingProfile(),
+    "exact": {"diffusion": SamplingProfile(), "flow_matching": SamplingProfile()},
+    "balanced": {
+        "diffusion": SamplingProfile(denoising_steps=0.5, null_refresh_interval=2),
+        "flow_matching": SamplingProfile(denoising_steps=0.16, solver="midpoint", null_refresh_interval=2),
+    },
+    "fast": {
+        "diffusion": SamplingProfile(0.75, 0.16, null_refresh_interval=2, least_denoising_steps=8),
+        "flow_matching": SamplingProfile(0.75, 0.12, "midpoint", null_refresh_interval=2),
+    },
 }
 
 
-def find_profile(name: str) -> SamplingProfile:
+def find_profile(name: str, objective: str) -> SamplingProfile:
     """
+    The profile of a name for models of an objective.
+
     Raises:
         ValueError: if there is no profile of that name.
     """
     if name not in PROFILES:
         raise ValueError(f"`profile` must be one of {', '.join(PROFILES)}, got {name!r}.")
-    return PROFILES[name]
+    return PROFILES[name][objective]
 
 
-def _share(number: int, share: float, least: int) -> int:
+def _part(number: int, share: float, least: int) -> int:
     return min(number, max(least, round(share * number)))

@@ -14,13 +14,14 @@ import torch
 import torchmetrics
 import transformers
 from accelerate import PartialState
+from diffusers import SchedulerMixin
 from torch import nn
 
 from ..json_files import write_json
 from ..latent_cache import weight_hash
 from ..latents import height_and_width, vae_stride
 from ..pipeline_djepa import DJEPAPipeline
-from ..schedulers import SOLVERS, solver_for
+from ..schedulers import SOLVERS, FlowMatchTokenScheduler
 from .extractors import fingerprint
 from .generation import generate
 from .real_images import Reference
@@ -40,7 +41,6 @@ class Protocol:
         labels (`"balanced"` or `"random"`): classes in turn, or drawn.
         seed (`int`): of everything random.
         batch_size (`int`): images at a time; another one changes images in the last bits.
-        solver (`str`, *optional*): see `SOLVERS`; the pipeline's own scheduler without it.
         kernel_subset_size (`int`, *optional*): images per subset of the kernel distance.
     """
 
@@ -49,7 +49,6 @@ class Protocol:
     labels: str = "balanced"
     seed: int = 0
     batch_size: int = 64
-    solver: str | None = None
     kernel_subset_size: int | None = None
 
 
@@ -72,21 +71,11 @@ def image_size(pipe: DJEPAPipeline) -> tuple[tuple[int, int] | int, int]:
     return (height if height == width else (height, width)), channels
 
 
-def with_solver(pipe: DJEPAPipeline, solver: str | None) -> DJEPAPipeline:
-    """A pipeline of the same components with another solver, if one is asked for."""
-    if solver is None:
-        return pipe
-    scheduler = solver_for(pipe.transformer.config.objective, solver, pipe.scheduler)
-    pipe = DJEPAPipeline(pipe.transformer, scheduler, pipe.vae)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def check_protocol(pipe: DJEPAPipeline, protocol: Protocol):
     """Raises a `ValueError` for the first option that cannot be right; needs neither images nor an extractor."""
     image_size(pipe)
     options = {"num_images_per_label": 1, "output_type": "pil", **protocol.sampling}
-    with_solver(pipe, protocol.solver).check_inputs(1, **options)
+    pipe.check_inputs(1, **options)
     for name in ("num_images", "batch_size"):
         if getattr(protocol, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(protocol, name)}.")
@@ -145,8 +134,8 @@ class Evaluation:
         check_protocol(self.pipe, protocol)
         counts = protocol.num_images, self.reference, self.width, self.has_logits, protocol.kernel_subset_size
         check_counts(*counts)
-        pipe = with_solver(self.pipe, protocol.solver)
-        drawn, measured = self._describe(pipe, protocol)
+        pipe = self.pipe
+        drawn, measured = self._describe(protocol)
         _check_drawn_alike(folder, drawn)
         self.state.wait_for_everyone()  # before the protocol that they check is written
         if self.state.is_main_process:
@@ -190,14 +179,17 @@ class Evaluation:
         write_json(folder / RESULT, result)
         return result
 
-    def _describe(self, pipe: DJEPAPipeline, protocol: Protocol) -> tuple[dict, dict]:
+    def _describe(self, protocol: Protocol) -> tuple[dict, dict]:
         """What samples depend on, and what figures depend on besides; as JSON will give it back."""
         options = asdict(protocol)
         measured = {"kernel_subset_size": options.pop("kernel_subset_size"), "reference": self.reference.about}
-        if "temperature" not in inspect.signature(pipe.scheduler.step).parameters:
-            options["sampling"] = {**options["sampling"], "temperature": None}  # it has none
-        scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-        drawn = {**self.about, **options, "solver": protocol.solver or _solver_name(pipe), "scheduler": scheduler}
+        solver = options["sampling"].pop("solver", None)
+        expanded = self.pipe.expand_profile(options["sampling"].get("profile", "exact"), solver=solver)
+        scheduler = self.pipe.scheduler_for(expanded["solver"])
+        if "temperature" not in inspect.signature(scheduler.step).parameters:
+            options["sampling"]["temperature"] = None  # it has none
+        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        drawn = {**self.about, **options, "solver": _solver_name(scheduler), "scheduler": config}
         return tuple(json.loads(json.dumps(part, default=str)) for part in (drawn, measured))
 
 
@@ -215,11 +207,11 @@ def _check_drawn_alike(folder: Path, drawn: dict):
         )
 
 
-def _solver_name(pipe: DJEPAPipeline) -> str:
-    if pipe.transformer.config.objective == "flow_matching":
-        return pipe.scheduler.config.solver
-    names = {kind: name for name, kind in SOLVERS[pipe.transformer.config.objective].items()}
-    return names.get(type(pipe.scheduler), type(pipe.scheduler).__name__)
+def _solver_name(scheduler: SchedulerMixin) -> str:
+    if isinstance(scheduler, FlowMatchTokenScheduler):
+        return scheduler.config.solver
+    names = {kind: name for name, kind in SOLVERS["diffusion"].items()}
+    return names.get(type(scheduler), type(scheduler).__name__)
 
 
 def _device_name(device: torch.device) -> str:

@@ -35,8 +35,8 @@ def markdown_table(results: list[dict]) -> str:
     """Results as a Markdown table, a row each, with the settings that set them apart."""
     columns = list(dict.fromkeys(name for result in results for name in figures(result)))
     settings = ["guidance_scale", "guidance_schedule", "temperature", "num_inference_steps", "num_denoising_steps"]
-    if any("final_denoising_steps" in result["protocol"]["sampling"] for result in results):
-        settings.append("final_denoising_steps")
+    used = {name for result in results for name in result["protocol"]["sampling"]}
+    settings += [name for name in ("final_denoising_steps", "profile", "token_order") if name in used]
     header = ["weights", "solver", *settings, "images", *columns, "images/s"]
     rows = [header, ["---"] * len(header)]
     for result in results:
