@@ -7,9 +7,11 @@ import torch
 from conftest import generators, relative_error, tiny_pipeline, tiny_vae
 
 from djepa_hf import DDPMTokenScheduler, DJEPAPipeline
+from djepa_hf.accounting import sampling_flops
 from djepa_hf.compilation import CUDAGraphs
 from djepa_hf.denoising import TokenDenoiser
 from djepa_hf.masking import checkerboard_token_order
+from djepa_hf.profiles import PROFILES
 from djepa_hf.schedulers import SOLVERS, solver_for
 
 FAST = {"num_inference_steps": 4, "num_denoising_steps": 3, "output_type": "latent"}
@@ -236,6 +238,68 @@ def test_a_call_may_choose_its_solver(objective, solver):
     assert torch.equal(images, pipe([0, 1], generator=generators(0, 1), **options).images)
 
 
+def test_the_null_class_is_looked_at_now_and_then():
+    pipe, rows = tiny_pipeline(), []
+    pipe.transformer.encoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    options = {**FAST, "num_inference_steps": 8, "guidance_scale": 2.0}
+
+    def sample(label, **more):
+        rows.clear()
+        return pipe([label, label], generator=generators(0, 1), **options, **more).images
+
+    exact = sample(0)
+    assert rows == [2, 4, 4, 4, 4, 4, 4, 4]
+    lazy = sample(0, null_refresh_interval=3)
+    assert rows == [2, 4, 2, 2, 4, 2, 2, 4]
+    assert 0 < relative_error(lazy, exact) < 0.5
+    sample(0, null_refresh_interval=3, max_batch_size=1)
+    assert rows == [2, *[2, 2], 2, 2, *[2, 2], 2, 2, *[2, 2]]
+    flops = [sampling_flops(pipe.transformer.config, 8, 3, 2.0, null_refresh_interval=n) for n in (1, 3)]
+    assert flops[1]["denoiser"] == flops[0]["denoiser"]
+    assert flops[1]["predictor"] < 0.8 * flops[0]["predictor"]
+
+    # where the class is no other than the null class, nothing is lost
+    table = pipe.transformer.get_input_embeddings().weight.data
+    table[1] = table[-1]
+    torch.testing.assert_close(sample(1, null_refresh_interval=3), sample(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", SOLVERS)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_is_a_plain_set_of_options(objective, profile):
+    pipe, asked = tiny_pipeline(objective=objective), {"num_inference_steps": 12, "num_denoising_steps": 40}
+    options = {"guidance_scale": 2.0, "output_type": "latent"}
+    images = pipe([0, 1], generator=generators(0, 1), profile=profile, **asked, **options).images
+    expanded = pipe.expand_profile(profile, **asked)
+    assert torch.equal(images, pipe([0, 1], generator=generators(0, 1), **expanded, **options).images)
+    assert pipe.num_timesteps == expanded["num_inference_steps"]
+    if profile == "exact":
+        assert torch.equal(images, pipe([0, 1], generator=generators(0, 1), **asked, **options).images)
+
+
+@pytest.mark.parametrize("objective", SOLVERS)
+def test_a_faster_profile_does_less(objective):
+    pipe, work = tiny_pipeline(objective=objective), []
+    for profile in PROFILES:
+        options = pipe.expand_profile(profile, 16, 50)
+        del options["solver"]
+        work.append(sum(sampling_flops(pipe.transformer.config, guidance_scale=2.0, **options).values()))
+    assert work[0] > 1.5 * work[1] > 1.5 * work[2]
+
+
+def test_a_profile_leaves_few_steps_and_the_solver_alone():
+    pipe = tiny_pipeline()
+    assert pipe.expand_profile("fast", 8, 4, 3, "heun", 5) == {
+        "num_inference_steps": 8,
+        "num_denoising_steps": 4,
+        "final_denoising_steps": 3,
+        "solver": "heun",
+        "null_refresh_interval": 5,
+    }
+    with pytest.raises(ValueError, match="`profile` must be one of exact, balanced, fast, got 'best'"):
+        pipe.expand_profile("best")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -243,6 +307,7 @@ def test_a_call_may_choose_its_solver(objective, solver):
         ({"profile": "faster"}, "`profile` must be one of exact, balanced, fast, got 'faster'"),
         ({"token_order": "spiral"}, r"must be a tensor or one of \('random', 'checkerboard'\), got 'spiral'"),
         ({"max_batch_size": 0}, "`max_batch_size` must be at least 1, got 0"),
+        ({"null_refresh_interval": 0}, "`null_refresh_interval` must be at least 1, got 0"),
     ],
 )
 def test_what_does_not_exist_is_refused_before_any_work(options, message):
