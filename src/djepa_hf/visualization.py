@@ -4,30 +4,40 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-MIN_TILE = 48  # smaller images are enlarged to this, so that a grid of digits can be read
+MIN_TILE = 48  # pixels: a grid of digits can be read
 
 
-def labelled_grid(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
+def labelled_grid(
+    rows: list[tuple[str, list[Image.Image]]], columns: list[str] | None = None, min_tile: int = MIN_TILE
+) -> Image.Image:
     """
     Images in rows, each with its label in front.
 
     Args:
         rows (`list[tuple[str, list[PIL.Image.Image]]]`): label and images of each row; all images of one size.
+        columns (`list[str]`, *optional*): labels above the columns.
+        min_tile (`int`): smaller images are enlarged to this many pixels, by whole factors.
     """
     width, height = rows[0][1][0].size
-    zoom = max(1, -(-MIN_TILE // min(width, height)))
+    zoom = max(1, -(-min_tile // min(width, height)))
     width, height, gap = width * zoom, height * zoom, max(2, width * zoom // 24)
     font = ImageFont.load_default(size=max(12, min(28, height // 3)))
     margin = gap + max(round(font.getlength(label)) for label, _ in rows) + 2 * gap
-    columns = max(len(images) for _, images in rows)
-    grid = Image.new("RGB", (margin + columns * (width + gap), gap + len(rows) * (height + gap)), "white")
+    head = 0 if columns is None else 2 * gap + round(font.size)
+    column_width = width + gap
+    if columns is not None:
+        column_width = max(column_width, *(round(font.getlength(label)) + 2 * gap for label in columns))
+    count = max(len(images) for _, images in rows)
+    grid = Image.new("RGB", (margin + count * column_width, head + gap + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(grid)
+    for column, label in enumerate(columns or []):
+        draw.text((margin + column * column_width + width // 2, gap), label, fill="black", font=font, anchor="mt")
     for row, (label, images) in enumerate(rows):
-        top = gap + row * (height + gap)
+        top = head + gap + row * (height + gap)
         draw.text((margin - 2 * gap, top + height // 2), label, fill="black", font=font, anchor="rm")
         for column, image in enumerate(images):
             image = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(image, (margin + column * (width + gap), top))
+            grid.paste(image, (margin + column * column_width, top))
     return grid
 
 

@@ -1,0 +1,451 @@
+#!/usr/bin/env python
+"""The D-JEPA Space: choose classes, watch the tokens appear, keep the pictures.
+
+python spaces/djepa/app.py --model outputs/digits
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from studio import AXES, Limits, Request, Result, Studio, Update
+
+try:
+    from spaces import GPU as on_gpu  # ZeroGPU lends a GPU for the time of a call
+except ImportError:
+
+    def on_gpu(function):
+        return function
+
+
+HERE = Path(__file__).parent
+DEFAULT_MODEL = os.environ.get("DJEPA_MODEL", "outputs/digits")
+PROFILES = [("exact: all steps", "exact"), ("balanced: as good, a fraction of the work", "balanced"), ("fast", "fast")]
+OWN_SOLVER = "the model's own"
+STORED_HOURS = 2  # how long pictures lie in the app's temporary folder
+CSS = (HERE / "style.css").read_text()
+INTRODUCTION = """# D-JEPA
+Images grow token by token, in random order: a transformer predicts a feature for every token that is missing, and a
+small network turns that feature into the token. [Paper](https://arxiv.org/abs/2410.03755)"""
+
+
+class App:
+    """
+    The page, and what happens on it.
+
+    Args:
+        model (`str`): a pipeline folder, or its id on the Hub.
+        device (`str`): where it works.
+        dtype (`torch.dtype`): of the weights.
+        limits ([`Limits`]): of a request.
+    """
+
+    def __init__(self, model: str, device: str, dtype: torch.dtype, limits: Limits | None = None):
+        self.model, self.device, self.dtype, self.limits = model, device, dtype, limits or Limits()
+        self.folder = Path(tempfile.mkdtemp(prefix="djepa_space_"))
+        self._studio: Studio | None = None
+
+    @property
+    def studio(self) -> Studio:
+        """The model, loaded when it is first needed; a load that failed is tried again."""
+        if self._studio is None:
+            try:
+                self._studio = Studio(self.model, self.device, self.dtype, self.limits)
+            except Exception as error:
+                raise gr.Error(f"The model {self.model} could not be loaded: {error}", duration=None) from error
+        return self._studio
+
+    # --- what buttons do
+
+    def fill(self) -> tuple:
+        """Classes and defaults of the model, for the page as it opens; or why there are none."""
+        try:
+            studio = self.studio
+        except gr.Error as error:
+            return (gr.Markdown(f"⚠️ {error.message}", visible=True), *[gr.skip()] * 11)
+        d, tokens = studio.defaults, studio.config.num_tokens
+        return (
+            gr.Markdown(visible=False),
+            gr.Dropdown(choices=studio.choices, value=[0]),
+            gr.Slider(maximum=tokens, value=d["num_inference_steps"]),
+            gr.Slider(maximum=self.limits.denoising_steps, value=d["num_denoising_steps"]),
+            d["guidance_scale"],
+            d["guidance_schedule"],
+            d["temperature"],
+            gr.Dropdown(choices=[OWN_SOLVER, *studio.solvers], value=d["solver"] or OWN_SOLVER),
+            d["token_order"],
+            d["profile"],
+            gr.Dropdown(choices=studio.choices, value=0),
+            *grid_values(next(iter(AXES)), studio.defaults, tokens),
+        )
+
+    def draw(
+        self,
+        classes: list[int],
+        images_per_class: int,
+        seed: int,
+        profile: str,
+        inference_steps: int,
+        denoising_steps: int,
+        guidance_scale: float,
+        guidance_schedule: str,
+        temperature: float,
+        solver: str,
+        token_order: str,
+    ) -> Iterator[dict]:
+        """Draws for the page: the picture on the way, then everything that can be kept."""
+        options = {
+            "num_inference_steps": int(inference_steps),
+            "num_denoising_steps": int(denoising_steps),
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "temperature": temperature,
+            "profile": profile,
+            "solver": None if solver == OWN_SOLVER else solver,
+            "token_order": token_order,
+        }
+        request = Request(classes or [], int(images_per_class), int(seed or 0), options)
+        yield self._begun()
+        for update in self._run(request):
+            if isinstance(update, Update):
+                shown = {self.status: progress(update)}
+                if update.sheet is not None:
+                    shown[self.live] = update.sheet
+                yield shown
+            else:
+                yield self._finished(update)
+
+    def _begun(self) -> dict:
+        return {
+            self.status: progress(None),
+            self.results: gr.Column(visible=False),
+            self.scrub: gr.Slider(visible=False),
+            self.cancel: gr.Button(interactive=True),
+        }
+
+    def _finished(self, result: Result) -> dict:
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        paths, animation, archive = result.save(folder)
+        frames = []
+        for i, frame in enumerate(result.frames):
+            frames.append(str(folder / f"frame_{i:02d}.png"))
+            frame.save(frames[-1])
+        count = len(result.images)
+        told = (
+            f"{count} image{'s' * (count > 1)} in {result.seconds:.1f} s. Drag the slider to see how they came about."
+        )
+        return {
+            self.status: told,
+            self.live: gr.Image(result.frames[-1]),
+            self.frames: frames,
+            self.scrub: gr.Slider(maximum=len(frames) - 1, value=len(frames) - 1, visible=True),
+            self.results: gr.Column(visible=True),
+            self.gallery: [(str(path), caption) for path, caption in zip(paths, result.captions, strict=True)],
+            self.archive: str(archive),
+            self.animation: str(animation),
+            self.settings: json.dumps(result.settings, indent=2, ensure_ascii=False),
+            self.snippet: result.snippet,
+            self.cancel: gr.Button(interactive=False),
+        }
+
+    def _run(self, request: Request) -> Iterator[Update | Result]:
+        """A run whose failures are messages on the page."""
+        run = _run_on_gpu(self.studio, request)
+        try:
+            yield from run
+        except ValueError as error:
+            raise gr.Error(str(error), title="That cannot be drawn") from error
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise gr.Error("Not enough memory: ask for fewer images.", title="Out of memory") from error
+        finally:
+            run.close()
+
+    def explore(self, label: int, seed: int, axes: str, down: str, across: str) -> Iterator[dict]:
+        """Draws a grid for the page, cell by cell."""
+        try:
+            values = tuple(numbers(text, name) for text, name in zip((down, across), AXES[axes], strict=True))
+            yield {self.explore_status: progress(None), self.explore_cancel: gr.Button(interactive=True)}
+            for done, count, picture in _explore_on_gpu(self.studio, label, int(seed or 0), AXES[axes], values):
+                told = f"{done} of {count} cells" if done < count else "Done."
+                yield {self.explore_status: told, self.grid: picture}
+        except ValueError as error:
+            raise gr.Error(str(error), title="That cannot be drawn") from error
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise gr.Error("Not enough memory.", title="Out of memory") from error
+        yield {self.explore_cancel: gr.Button(interactive=False)}
+
+    # --- for programs
+
+    def api_generate(
+        self, classes: list[Any], images_per_class: int = 1, seed: int = 0, options: dict[str, Any] | None = None
+    ) -> tuple[list[str], dict[str, Any], str]:
+        """Images of classes (ids or names) as PNG files, the settings, and a Python program that makes them again."""
+        request = Request(list(classes or []), images_per_class, seed, options or {})
+        *_, result = self._run(request)
+        paths, _, _ = result.save(Path(tempfile.mkdtemp(dir=self.folder)))
+        return [str(path) for path in paths], result.settings, result.snippet
+
+    def api_classes(self) -> list[str]:
+        """Names of all classes, in the order of their ids."""
+        return [self.studio.config.id2label[i] for i in range(self.studio.config.num_labels)]
+
+    # --- the page
+
+    def build(self) -> gr.Blocks:
+        """The page; `launch` it."""
+        with gr.Blocks(title="D-JEPA", analytics_enabled=False, delete_cache=(3600, 3600 * STORED_HOURS)) as page:
+            gr.Markdown(INTRODUCTION, elem_id="introduction")
+            trouble = gr.Markdown(visible=False, elem_id="trouble")
+            with gr.Tab("Generate", id="generate"):
+                inputs = self._build_generate()
+            with gr.Tab("Explore", id="explore"):
+                explored = self._build_explore()
+            with gr.Tab("Use it from a program", id="api"):
+                self._build_api()
+            page.load(self.fill, None, [trouble, *inputs["filled"], *explored], api_visibility="private")
+        page.queue(max_size=32, default_concurrency_limit=2)
+        return page
+
+    def _build_generate(self) -> dict[str, list]:
+        limits = self.limits
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                classes = gr.Dropdown(
+                    [],
+                    label="Classes",
+                    info="Type a name or a number; several are fine.",
+                    multiselect=True,
+                    elem_id="classes",
+                )
+                count = gr.Slider(1, limits.images, 1, step=1, label="Images per class", elem_id="count")
+                with gr.Row(equal_height=True):
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
+                    dice = gr.Button("🎲 Another", elem_id="dice", min_width=100)
+                profile = gr.Radio(PROFILES, value="exact", label="Profile", elem_id="profile")
+                with gr.Accordion("All options", open=False, elem_id="options"):
+                    inference_steps = gr.Slider(1, 64, 16, step=1, label="Autoregressive steps")
+                    denoising_steps = gr.Slider(1, limits.denoising_steps, 25, step=1, label="Denoising steps")
+                    guidance = gr.Slider(0, 10, 1, step=0.05, label="Guidance", info="1 does without.")
+                    schedule = gr.Radio(["linear", "constant"], value="linear", label="Guidance schedule")
+                    temperature = gr.Slider(0, 1.5, 1, step=0.01, label="Temperature")
+                    solver = gr.Dropdown([OWN_SOLVER], value=OWN_SOLVER, label="Solver")
+                    order = gr.Radio(["random", "checkerboard"], value="random", label="Token order")
+                with gr.Row():
+                    go = gr.Button("Generate", variant="primary", elem_id="go")
+                    self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
+            with gr.Column(scale=3, min_width=300):
+                self.status = gr.Markdown("Choose, and press Generate.", elem_id="status", container=True)
+                self.live = gr.Image(
+                    label="As the tokens appear",
+                    type="pil",
+                    format="png",
+                    interactive=False,
+                    elem_id="live",
+                    alt_text="The images as far as their tokens are there",
+                    height=420,
+                )
+                self.scrub = gr.Slider(0, 1, 1, step=1, label="Step by step", visible=False, elem_id="scrub")
+                self.frames = gr.State([])
+                with gr.Column(visible=False, elem_id="results") as self.results:
+                    self.gallery = gr.Gallery(
+                        label="Images", format="png", columns=4, height="auto", elem_id="gallery", interactive=False
+                    )
+                    with gr.Row():
+                        self.archive = gr.DownloadButton("⬇ Images and settings (ZIP)", elem_id="archive")
+                        self.animation = gr.DownloadButton("⬇ Animation (WebP)", elem_id="animation")
+                    with gr.Accordion("Make them again", open=False):
+                        self.snippet = gr.Code(language="python", label="Python", elem_id="snippet")
+                        self.settings = gr.Code(language="json", label="Settings", elem_id="settings")
+        options = [inference_steps, denoising_steps, guidance, schedule, temperature, solver, order]
+        outputs = [self.status, self.live, self.scrub, self.frames, self.results, self.gallery, self.archive]
+        outputs += [self.animation, self.settings, self.snippet, self.cancel]
+        run = gr.on(
+            [go.click],
+            self.draw,
+            [classes, count, seed, profile, *options],
+            outputs,
+            show_progress="hidden",
+            concurrency_id="model",
+            concurrency_limit=2,
+            api_visibility="private",
+        )
+        run.failure(self._stopped, None, [self.status, self.cancel], api_visibility="private")
+        self.cancel.click(
+            lambda: ("Cancelled.", gr.Button(interactive=False)),
+            None,
+            [self.status, self.cancel],
+            cancels=[run],
+            queue=False,
+            api_visibility="private",
+        )
+        dice.click(lambda: random.randrange(2**31), None, seed, queue=False, api_visibility="private")
+        self.scrub.input(
+            lambda frames, i: frames[int(i)],
+            [self.frames, self.scrub],
+            self.live,
+            show_progress="hidden",
+            queue=False,
+            api_visibility="private",
+        )
+        return {"filled": [classes, *options, profile]}
+
+    @staticmethod
+    def _stopped() -> tuple:
+        return "Nothing was drawn.", gr.Button(interactive=False)
+
+    def _build_explore(self) -> list:
+        gr.Markdown("One class, one seed, two options.")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                label = gr.Dropdown([], label="Class", elem_id="explore_class")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="explore_seed")
+                axes = gr.Radio(list(AXES), value=next(iter(AXES)), label="Options", elem_id="axes")
+                down = gr.Textbox(label="Values downwards", elem_id="down")
+                across = gr.Textbox(label="Values across", elem_id="across")
+                with gr.Row():
+                    go = gr.Button("Explore", variant="primary", elem_id="explore_go")
+                    self.explore_cancel = gr.Button("Cancel", variant="stop", interactive=False)
+            with gr.Column(scale=3, min_width=300):
+                self.explore_status = gr.Markdown("", elem_id="explore_status")
+                self.grid = gr.Image(
+                    label="Grid",
+                    type="pil",
+                    format="png",
+                    interactive=False,
+                    elem_id="grid",
+                    alt_text="One image for every pair of values",
+                )
+        outputs = [self.explore_status, self.grid, self.explore_cancel]
+        run = go.click(
+            self.explore,
+            [label, seed, axes, down, across],
+            outputs,
+            show_progress="hidden",
+            concurrency_id="model",
+            api_visibility="private",
+        )
+        stopped = [self.explore_status, self.explore_cancel]
+        run.failure(self._stopped, None, stopped, api_visibility="private")
+        self.explore_cancel.click(
+            lambda: ("Cancelled.", gr.Button(interactive=False)),
+            None,
+            stopped,
+            cancels=[run],
+            queue=False,
+            api_visibility="private",
+        )
+        axes.change(
+            lambda name: grid_values(name, self.studio.defaults, self.studio.config.num_tokens),
+            axes,
+            [down, across],
+            api_visibility="private",
+        )
+        return [label, down, across]
+
+    def _build_api(self):
+        gr.Markdown((HERE / "API.md").read_text())
+        with gr.Row(visible=False):
+            classes, count, seed = gr.JSON(), gr.Number(1, precision=0), gr.Number(0, precision=0)
+            options, files = gr.JSON({}), gr.File(label="files", file_count="multiple")
+            settings, program = gr.JSON(label="settings"), gr.Textbox(label="program")
+            names, generate, list_classes = gr.JSON(label="names"), gr.Button(), gr.Button()
+        generate.click(
+            self.api_generate,
+            [classes, count, seed, options],
+            [files, settings, program],
+            api_name="generate",
+            concurrency_id="model",
+        )
+        list_classes.click(self.api_classes, None, names, api_name="classes")
+
+    def close(self):
+        """Removes the app's temporary folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@on_gpu
+def _run_on_gpu(studio: Studio, request: Request) -> Iterator[Update | Result]:
+    yield from studio.run(request)
+
+
+@on_gpu
+def _explore_on_gpu(studio: Studio, *args) -> Iterator[tuple]:
+    yield from studio.explore(*args)
+
+
+def progress(update: Update | None) -> str:
+    """How far a run is, as a line and a bar."""
+    if update is None:
+        return "Waiting for the model …"
+    left = f"{update.seconds_left:.0f} s left" if update.step < update.steps else "finishing"
+    bar = f'<progress value="{update.step}" max="{update.steps}" aria-label="autoregressive steps"></progress>'
+    return f"Step {update.step} of {update.steps}, {left}\n\n{bar}"
+
+
+def numbers(text: str, name: str) -> list[float]:
+    """
+    Numbers separated by commas or spaces.
+
+    Raises:
+        ValueError: naming what is no number.
+    """
+    values = []
+    for word in text.replace(",", " ").split():
+        try:
+            values.append(float(word))
+        except ValueError:
+            raise ValueError(f"{name.replace('_', ' ')}: {word!r} is no number.") from None
+    return [int(value) if name.startswith("num_") and value.is_integer() else value for value in values]
+
+
+def grid_values(axes: str, defaults: dict[str, Any], num_tokens: int) -> tuple[str, str]:
+    """Values to begin with, around the model's defaults."""
+    if AXES[axes][0] == "guidance_scale":
+        guidance = defaults["guidance_scale"]
+        scales = [1.0, *(round(1 + share * max(1.0, guidance - 1), 2) for share in (0.5, 1, 2))]
+        return ", ".join(f"{scale:g}" for scale in scales), "0.8, 0.9, 1, 1.1"
+    steps = [max(1, num_tokens // part) for part in (16, 8, 4, 1)] if num_tokens < 64 else [8, 16, 32, 64]
+    return ", ".join(map(str, dict.fromkeys(steps))), "4, 8, 16, 32"
+
+
+def best_device() -> str:
+    """The fastest kind of device that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="A pipeline folder, or its id on the Hub.")
+    parser.add_argument("--device", default=best_device(), help="cuda, mps or cpu; the best there is if not given.")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="Of the weights."
+    )
+    parser.add_argument("--port", type=int, default=None, help="7860 or the next free one if not given.")
+    args = parser.parse_args(argv)
+    app = App(args.model, args.device, getattr(torch, args.dtype))
+    try:
+        launch(app.build(), app, server_port=args.port)
+    finally:
+        app.close()
+
+
+def launch(page: gr.Blocks, app: App, **options):
+    """Serves the page; files but those that the app wrote stay out of reach."""
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return page.launch(theme=theme, css=CSS, allowed_paths=[str(app.folder)], show_error=True, **options)
+
+
+if __name__ == "__main__":
+    main()
