@@ -30,7 +30,6 @@ from djepa_hf.evaluation.protocol import image_size
 from djepa_hf.evaluation.real_images import RealImages, load_reference, save_npz
 from djepa_hf.evaluation.scores import class_agreement
 from djepa_hf.model_card import create_model_card
-from djepa_hf.schedulers import SOLVERS, solver_for
 
 SAMPLING = {"num_inference_steps": 2, "num_denoising_steps": 2, "temperature": 1.0}
 DIGITS = {"reference": "digits", "extractor": "classifier", "classifier_data": "digits"}
@@ -430,14 +429,16 @@ def test_references_are_cropped_like_training_images(tmp_path, judge):
     torch.testing.assert_close(with_classes.features[3:], flat.features)
 
 
-@pytest.mark.parametrize(("objective", "name"), [(o, name) for o, names in SOLVERS.items() for name in names])
-def test_every_solver_samples(objective, name):
-    pipe = tiny_pipeline(objective=objective)
-    pipe = DJEPAPipeline(pipe.transformer, solver_for(objective, name, pipe.scheduler))
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    images = pipe([0, 1], num_inference_steps=2, num_denoising_steps=4, generator=generator, output_type="pt").images
-    assert images.isfinite().all()
+def test_results_of_solvers_and_profiles_say_so(folder, tmp_path):
+    fast = run(folder, output_dir=tmp_path / "fast", profile="fast")["protocol"]
+    assert (fast["solver"], fast["scheduler"]["solver"]) == ("midpoint", "midpoint")
+    assert fast["sampling"]["profile"] == "fast"
+    pipe = tiny_pipeline(objective="diffusion", id2label={i: str(i) for i in range(10)})
+    pipe.save_pretrained(tmp_path / "diffusion")
+    other = run(tmp_path / "diffusion", solver="dpmsolver++", num_denoising_steps=4)["protocol"]
+    assert other["solver"] == "dpmsolver++"
+    assert other["sampling"]["temperature"] is None  # it knows none
+    assert other["scheduler"]["lambda_min_clipped"] == "-inf"
 
 
 def test_a_grid_search_finds_the_best_and_goes_on(folder, tmp_path, monkeypatch, capsys):

@@ -28,8 +28,9 @@ except ImportError:
 
 HERE = Path(__file__).parent
 DEFAULT_MODEL = os.environ.get("DJEPA_MODEL", "outputs/digits")
-PROFILES = [("exact: all steps", "exact"), ("balanced: as good, a fraction of the work", "balanced"), ("fast", "fast")]
+PROFILES = ["exact", "balanced", "fast"]
 OWN_SOLVER = "the model's own"
+PROGRAM_HEADING = "## From a program\n"
 STORED_HOURS = 2  # how long pictures lie in the app's temporary folder
 CSS = (HERE / "style.css").read_text()
 INTRODUCTION = """# D-JEPA
@@ -60,7 +61,8 @@ class App:
             try:
                 self._studio = Studio(self.model, self.device, self.dtype, self.limits)
             except Exception as error:
-                raise gr.Error(f"The model {self.model} could not be loaded: {error}", duration=None) from error
+                message = f"The model {self.model} could not be loaded: {error}"
+                raise gr.Error(message, duration=None, print_exception=False) from error
         return self._studio
 
     # --- what buttons do
@@ -123,6 +125,12 @@ class App:
             else:
                 yield self._finished(update)
 
+    def draw_example(self, classes: list[int], images_per_class: int, seed: int, profile: str) -> tuple:
+        """Draws an example: once, then it is kept."""
+        *_, result = self._run(Request(classes, int(images_per_class), int(seed), {"profile": profile}))
+        shown = self._finished(result)
+        return "An example.", result.frames[-1], gr.Column(visible=True), shown[self.gallery]
+
     def _begun(self) -> dict:
         return {
             self.status: progress(None),
@@ -161,11 +169,8 @@ class App:
         run = _run_on_gpu(self.studio, request)
         try:
             yield from run
-        except ValueError as error:
-            raise gr.Error(str(error), title="That cannot be drawn") from error
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise gr.Error("Not enough memory: ask for fewer images.", title="Out of memory") from error
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise friendly(error) from error
         finally:
             run.close()
 
@@ -177,11 +182,8 @@ class App:
             for done, count, picture in _explore_on_gpu(self.studio, label, int(seed or 0), AXES[axes], values):
                 told = f"{done} of {count} cells" if done < count else "Done."
                 yield {self.explore_status: told, self.grid: picture}
-        except ValueError as error:
-            raise gr.Error(str(error), title="That cannot be drawn") from error
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise gr.Error("Not enough memory.", title="Out of memory") from error
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise friendly(error) from error
         yield {self.explore_cancel: gr.Button(interactive=False)}
 
     # --- for programs
@@ -190,8 +192,8 @@ class App:
         self, classes: list[Any], images_per_class: int = 1, seed: int = 0, options: dict[str, Any] | None = None
     ) -> tuple[list[str], dict[str, Any], str]:
         """Images of classes (ids or names) as PNG files, the settings, and a Python program that makes them again."""
-        request = Request(list(classes or []), images_per_class, seed, options or {})
-        *_, result = self._run(request)
+        classes = classes if isinstance(classes, list) else [classes]
+        *_, result = self._run(Request(classes, images_per_class, seed, options or {}))
         paths, _, _ = result.save(Path(tempfile.mkdtemp(dir=self.folder)))
         return [str(path) for path in paths], result.settings, result.snippet
 
@@ -216,12 +218,19 @@ class App:
         page.queue(max_size=32, default_concurrency_limit=2)
         return page
 
+    def _choices(self) -> list[tuple[str, int]]:
+        """The classes, if the model can be loaded already."""
+        try:
+            return self.studio.choices
+        except gr.Error:
+            return []
+
     def _build_generate(self) -> dict[str, list]:
-        limits = self.limits
+        limits, choices = self.limits, self._choices()
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 classes = gr.Dropdown(
-                    [],
+                    choices,
                     label="Classes",
                     info="Type a name or a number; several are fine.",
                     multiselect=True,
@@ -230,8 +239,14 @@ class App:
                 count = gr.Slider(1, limits.images, 1, step=1, label="Images per class", elem_id="count")
                 with gr.Row(equal_height=True):
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
-                    dice = gr.Button("🎲 Another", elem_id="dice", min_width=100)
-                profile = gr.Radio(PROFILES, value="exact", label="Profile", elem_id="profile")
+                    dice = gr.Button("⚄ Another", elem_id="dice", min_width=100)
+                profile = gr.Radio(
+                    PROFILES,
+                    value="exact",
+                    label="Profile",
+                    info="How much of the work is really done: hardly a difference to be seen, but to be felt.",
+                    elem_id="profile",
+                )
                 with gr.Accordion("All options", open=False, elem_id="options"):
                     inference_steps = gr.Slider(1, 64, 16, step=1, label="Autoregressive steps")
                     denoising_steps = gr.Slider(1, limits.denoising_steps, 25, step=1, label="Denoising steps")
@@ -251,6 +266,7 @@ class App:
                     format="png",
                     interactive=False,
                     elem_id="live",
+                    buttons=["fullscreen", "download"],
                     alt_text="The images as far as their tokens are there",
                     height=420,
                 )
@@ -258,14 +274,33 @@ class App:
                 self.frames = gr.State([])
                 with gr.Column(visible=False, elem_id="results") as self.results:
                     self.gallery = gr.Gallery(
-                        label="Images", format="png", columns=4, height="auto", elem_id="gallery", interactive=False
+                        label="Images",
+                        format="png",
+                        columns=4,
+                        fit_columns=False,
+                        height="auto",
+                        object_fit="contain",
+                        buttons=["fullscreen", "download"],
+                        elem_id="gallery",
+                        interactive=False,
                     )
                     with gr.Row():
-                        self.archive = gr.DownloadButton("⬇ Images and settings (ZIP)", elem_id="archive")
-                        self.animation = gr.DownloadButton("⬇ Animation (WebP)", elem_id="animation")
+                        self.archive = gr.DownloadButton("Images and settings (ZIP)", elem_id="archive")
+                        self.animation = gr.DownloadButton("Animation (WebP)", elem_id="animation")
                     with gr.Accordion("Make them again", open=False):
                         self.snippet = gr.Code(language="python", label="Python", elem_id="snippet")
                         self.settings = gr.Code(language="json", label="Settings", elem_id="settings")
+        if choices:
+            last = len(choices) - 1
+            gr.Examples(
+                [[[0], 4, 0, "fast"], [[last, 0], 4, 7, "balanced"]],
+                [classes, count, seed, profile],
+                [self.status, self.live, self.results, self.gallery],
+                self.draw_example,
+                cache_examples=True,
+                cache_mode="lazy",
+                api_visibility="private",
+            )
         options = [inference_steps, denoising_steps, guidance, schedule, temperature, solver, order]
         outputs = [self.status, self.live, self.scrub, self.frames, self.results, self.gallery, self.archive]
         outputs += [self.animation, self.settings, self.snippet, self.cancel]
@@ -281,7 +316,7 @@ class App:
         )
         run.failure(self._stopped, None, [self.status, self.cancel], api_visibility="private")
         self.cancel.click(
-            lambda: ("Cancelled.", gr.Button(interactive=False)),
+            self._stopped,
             None,
             [self.status, self.cancel],
             cancels=[run],
@@ -301,13 +336,13 @@ class App:
 
     @staticmethod
     def _stopped() -> tuple:
-        return "Nothing was drawn.", gr.Button(interactive=False)
+        return "Stopped; nothing was kept.", gr.Button(interactive=False)
 
     def _build_explore(self) -> list:
         gr.Markdown("One class, one seed, two options.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                label = gr.Dropdown([], label="Class", elem_id="explore_class")
+                label = gr.Dropdown(self._choices(), label="Class", elem_id="explore_class")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="explore_seed")
                 axes = gr.Radio(list(AXES), value=next(iter(AXES)), label="Options", elem_id="axes")
                 down = gr.Textbox(label="Values downwards", elem_id="down")
@@ -323,6 +358,7 @@ class App:
                     format="png",
                     interactive=False,
                     elem_id="grid",
+                    buttons=["fullscreen", "download"],
                     alt_text="One image for every pair of values",
                 )
         outputs = [self.explore_status, self.grid, self.explore_cancel]
@@ -337,7 +373,7 @@ class App:
         stopped = [self.explore_status, self.explore_cancel]
         run.failure(self._stopped, None, stopped, api_visibility="private")
         self.explore_cancel.click(
-            lambda: ("Cancelled.", gr.Button(interactive=False)),
+            self._stopped,
             None,
             stopped,
             cancels=[run],
@@ -353,7 +389,7 @@ class App:
         return [label, down, across]
 
     def _build_api(self):
-        gr.Markdown((HERE / "API.md").read_text())
+        gr.Markdown((HERE / "README.md").read_text().partition(PROGRAM_HEADING)[2])
         with gr.Row(visible=False):
             classes, count, seed = gr.JSON(), gr.Number(1, precision=0), gr.Number(0, precision=0)
             options, files = gr.JSON({}), gr.File(label="files", file_count="multiple")
@@ -381,6 +417,14 @@ def _run_on_gpu(studio: Studio, request: Request) -> Iterator[Update | Result]:
 @on_gpu
 def _explore_on_gpu(studio: Studio, *args) -> Iterator[tuple]:
     yield from studio.explore(*args)
+
+
+def friendly(error: ValueError | torch.OutOfMemoryError) -> gr.Error:
+    """What went wrong, for people."""
+    if isinstance(error, ValueError):
+        return gr.Error(str(error), title="That cannot be drawn", print_exception=False)
+    torch.cuda.empty_cache()
+    return gr.Error("Ask for fewer images.", title="Out of memory", print_exception=False)
 
 
 def progress(update: Update | None) -> str:

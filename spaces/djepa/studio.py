@@ -183,13 +183,17 @@ class Studio:
         """
         if not request.classes:
             raise ValueError("Choose at least one class.")
-        if request.images_per_class < 1:
-            raise ValueError(f"Ask for at least one image per class, not {request.images_per_class}.")
-        if not 0 <= request.seed < 2**32:
-            raise ValueError(f"The seed must lie between 0 and {2**32 - 1}, not {request.seed}.")
-        unknown = [name for name in request.options if name not in OPTIONS]
-        if unknown:
-            raise ValueError(f"There is no option {unknown[0]!r}; there are {', '.join(OPTIONS)}.")
+        count, seed = request.images_per_class, request.seed
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"Images per class must be a whole number from 1 on, not {count!r}.")
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"The seed must be a whole number between 0 and {2**32 - 1}, not {seed!r}.")
+        for name, value in request.options.items():
+            if name not in OPTIONS:
+                raise ValueError(f"There is no option {name!r}; there are {', '.join(OPTIONS)}.")
+            usual = (int, float) if isinstance(OPTIONS[name], float) else type(OPTIONS[name] or "")
+            if not isinstance(value, usual) and value is not OPTIONS[name]:
+                raise ValueError(f"{value!r} is no value for {name}.")
         ids = [i for i in self.pipe.get_label_ids(list(request.classes)) for _ in range(request.images_per_class)]
         if len(ids) > self.limits.images:
             raise ValueError(f"At most {self.limits.images} images at a time, not {len(ids)}.")

@@ -23,7 +23,7 @@ def labelled_grid(
     width, height, gap = width * zoom, height * zoom, max(2, width * zoom // 24)
     font = ImageFont.load_default(size=max(12, min(28, height // 3)))
     margin = gap + max(round(font.getlength(label)) for label, _ in rows) + 2 * gap
-    head = 0 if columns is None else 2 * gap + round(font.size)
+    head = 0 if columns is None else gap + round(1.5 * font.size)
     column_width = width + gap
     if columns is not None:
         column_width = max(column_width, *(round(font.getlength(label)) + 2 * gap for label in columns))
@@ -31,7 +31,7 @@ def labelled_grid(
     grid = Image.new("RGB", (margin + count * column_width, head + gap + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(grid)
     for column, label in enumerate(columns or []):
-        draw.text((margin + column * column_width + width // 2, gap), label, fill="black", font=font, anchor="mt")
+        draw.text((margin + column * column_width + width // 2, head), label, fill="black", font=font, anchor="mb")
     for row, (label, images) in enumerate(rows):
         top = head + gap + row * (height + gap)
         draw.text((margin - 2 * gap, top + height // 2), label, fill="black", font=font, anchor="rm")

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -188,7 +189,11 @@ class Evaluation:
         scheduler = self.pipe.scheduler_for(expanded["solver"])
         if "temperature" not in inspect.signature(scheduler.step).parameters:
             options["sampling"]["temperature"] = None  # it has none
-        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        config = {  # JSON has no infinity
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in scheduler.config.items()
+            if not name.startswith("_")
+        }
         drawn = {**self.about, **options, "solver": _solver_name(scheduler), "scheduler": config}
         return tuple(json.loads(json.dumps(part, default=str)) for part in (drawn, measured))
 
