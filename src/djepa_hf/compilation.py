@@ -44,6 +44,10 @@ class CUDAGraphs:
         )
         self._pool = None
 
+    def clear(self):
+        """Forgets all recordings."""
+        self._recorded.clear()
+
     def __len__(self) -> int:
         return len(self._recorded)
 

@@ -113,6 +113,7 @@ class PipelineHubMixin:
         if self_contained:
             check_code(self)
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        self._save_adapters(save_directory)
         if variant is not None:
             # All variants share one configuration, so that it must not name the type of this one: transformers would
             # load the others in it. Without it, weights load as they are stored.

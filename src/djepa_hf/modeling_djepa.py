@@ -170,6 +170,7 @@ class DJEPAModel(DJEPAPreTrainedModel):
         self.encoder = ContextEncoder(config)
         self.predictor = FeaturePredictor(config)
         self.denoiser = DenoisingMLP(config)
+        self.added_classes: dict[str, list[str]] = {}  # by the adapter that brought them
         self.post_init()
 
     def patchify(self, sample: torch.Tensor) -> torch.Tensor:
@@ -360,6 +361,76 @@ class DJEPAModel(DJEPAPreTrainedModel):
         training, *info = training if isinstance(training, tuple) else (training,)
         model = training.export("ema")
         return (model, *info) if info else model
+
+    def check_new_classes(self, names: list[str]):
+        """Raises a `ValueError` if one of the names is that of a class already."""
+        known = set(self.config.id2label.values())
+        for i, name in enumerate(names):
+            if name in known or name in names[:i]:
+                raise ValueError(f"There is a class {name!r} already: new classes need new names.")
+
+    def add_classes(self, names: list[str], rows: torch.Tensor | None = None, adapter_name: str = "default"):
+        """
+        Adds classes, as an adapter brings them. They come behind those that there are, whose embeddings stay as they
+        are; the null class keeps its place behind all.
+
+        Args:
+            names (`list[str]`): of the classes.
+            rows (`torch.Tensor` of shape `(classes, hidden_size)`, *optional*): their embeddings; that of the null
+                class, which stands for no class in particular, if not given.
+            adapter_name (`str`): what they belong to.
+
+        Raises:
+            ValueError: if a name is that of a class already, or the adapter has brought classes.
+        """
+        self.check_new_classes(names)
+        if adapter_name in self.added_classes:
+            raise ValueError(f"The adapter {adapter_name!r} has brought classes already.")
+        table = self.get_input_embeddings()
+        rows = table.weight[-1:].expand(len(names), -1) if rows is None else rows
+        rows = rows.detach().to(table.weight.device, table.weight.dtype, copy=True).contiguous()
+        table.added[adapter_name] = nn.Parameter(rows, requires_grad=False)
+        self.added_classes[adapter_name] = list(names)
+        self._name_classes(self._own_names() + [name for added in self.added_classes.values() for name in added])
+
+    def remove_classes(self, adapter_name: str):
+        """Takes away the classes that an adapter has brought, if it has. Those of later adapters move up."""
+        if self.added_classes.get(adapter_name):
+            own = self._own_names()
+            del self.added_classes[adapter_name], self.get_input_embeddings().added[adapter_name]
+            self._name_classes(own + [name for added in self.added_classes.values() for name in added])
+
+    def base_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights without the adapters that are attached, under the names that they had before."""
+        return {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in self.state_dict().items()
+            if ".lora_" not in name and ".added." not in name
+        }
+
+    def save_pretrained(self, save_directory, *, variant=None, max_shard_size="50GB", **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.save_pretrained`]. Where adapters are attached, the model is written without
+        them, and not, as in transformers, an adapter without the model.
+        """
+        kwargs |= {"variant": variant, "max_shard_size": max_shard_size}  # diffusers looks for them in the signature
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(save_directory, **kwargs)
+        names = list(self.config.id2label.values())
+        self._hf_peft_config_loaded = False
+        self._name_classes(self._own_names())
+        try:
+            super().save_pretrained(save_directory, **{"state_dict": self.base_state_dict(), **kwargs})
+        finally:
+            self._hf_peft_config_loaded = True
+            self._name_classes(names)
+
+    def _own_names(self) -> list[str]:
+        return list(self.config.id2label.values())[: len(self.get_input_embeddings().weight) - 1]
+
+    def _name_classes(self, names: list[str]):
+        self.config.id2label = dict(enumerate(names))
+        self.config.label2id = {name: i for i, name in enumerate(names)}
 
     def _check_tokens(self, tokens: torch.Tensor):
         shape = (self.config.num_tokens, self.config.token_size)

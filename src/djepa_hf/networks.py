@@ -105,6 +105,23 @@ class DJEPALayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(mlp_output)
 
 
+class ClassEmbeddings(nn.Embedding):
+    """
+    The class table: a row for each class, the null class last. Adapters bring rows of their own, `(classes, D)` each in
+    `added`, which stand between the model's classes and the null class.
+    """
+
+    def __init__(self, num_labels: int, width: int):
+        super().__init__(num_labels + 1, width)
+        self.added = nn.ParameterDict()
+
+    def forward(self, class_labels: torch.LongTensor) -> torch.Tensor:
+        if len(self.added) == 0:
+            return super().forward(class_labels)
+        classes, null_class = self.weight.tensor_split([-1])
+        return F.embedding(class_labels, torch.cat([classes, *self.added.values(), null_class]))
+
+
 class ContextEncoder(nn.Module):
     """φ: features of the visible tokens, behind buffer tokens that carry the class."""
 
@@ -112,7 +129,7 @@ class ContextEncoder(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.input_projection = nn.Linear(config.token_size, width)
-        self.class_embeddings = nn.Embedding(config.num_labels + 1, width)  # the last row is the null class
+        self.class_embeddings = ClassEmbeddings(config.num_labels, width)
         self.buffer_tokens = nn.Parameter(torch.zeros(1, config.num_buffer_tokens, width))
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_tokens, width))
         self.input_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)

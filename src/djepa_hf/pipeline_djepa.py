@@ -2,6 +2,7 @@
 
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from .denoising import TokenDenoiser
 from .hub import PipelineHubMixin
 from .labels import find_label_id
 from .latents import decode_samples
+from .lora import DJEPALoraLoaderMixin
 from .masking import (
     checkerboard_token_order,
     gather_tokens,
@@ -32,7 +34,7 @@ TOKEN_ORDERS = ("random", "checkerboard")
 GUIDANCE_SCHEDULES = ("linear", "constant")
 
 
-class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
+class DJEPAPipeline(DJEPALoraLoaderMixin, PipelineHubMixin, DiffusionPipeline):
     """
     Class-conditional generation with D-JEPA, in the latent space of an autoencoder or in pixels.
 
@@ -346,6 +348,7 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         profile: str = "exact",
         null_refresh_interval: int = 1,
         max_batch_size: int = 64,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates images of classes.
@@ -403,6 +406,8 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
             max_batch_size (`int`, *optional*, defaults to 64):
                 Images that the networks see at once. More are worked on in parts, so that memory stays bounded; the
                 result is the same.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": 0.5}` halves what the active LoRA adapters do, in this call.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
@@ -459,45 +464,47 @@ class DJEPAPipeline(PipelineHubMixin, DiffusionPipeline):
         num_masked = num_masked_per_step(config.num_tokens, num_inference_steps)
         denoising_steps = num_denoising_steps_per_step(num_denoising_steps, final_denoising_steps, num_inference_steps)
         draw, max_tokens = (temperature, generator), max_rows * config.num_tokens
-        denoise = TokenDenoiser(self.transformer.denoiser, self.scheduler_for(solver), *draw, max_tokens, self._graphs)
+        graphs = None if attention_kwargs else self._graphs  # which know adapters as they are
+        denoise = TokenDenoiser(self.transformer.denoiser, self.scheduler_for(solver), *draw, max_tokens, graphs)
         for count in set(denoising_steps):
             denoise.prepare(count)
 
         # 4. Reveal tokens, a few at a time
-        for step in self.progress_bar(range(num_inference_steps)):
-            if self.interrupt:
-                continue
-            done, upto = config.num_tokens - num_masked[step], config.num_tokens - num_masked[step + 1]
+        with self._lora_scaled(attention_kwargs):
+            for step in self.progress_bar(range(num_inference_steps)):
+                if self.interrupt:
+                    continue
+                done, upto = config.num_tokens - num_masked[step], config.num_tokens - num_masked[step + 1]
 
-            # 5. Features of the tokens to come
-            if done == 0:  # they know nothing but the class yet: one row for each will do
-                tokens, visible = latents[:1].expand(len(kinds), -1, -1), places[: len(kinds), :0]
-                everywhere = torch.arange(config.num_tokens, device=device).expand(len(kinds), -1)
-                features = self.predict_features(tokens, kinds, visible, everywhere, max_rows)
-                conditioning = features[kind_of_row.unsqueeze(-1), places[:, :upto]]
-            elif (step - 1) % null_refresh_interval == 0:  # for all steps until the null class is looked at again
-                known, last = done, min(step + null_refresh_interval, num_inference_steps)
-                visible, wanted = places[:, :done], places[:, done : config.num_tokens - num_masked[last]]
-                features = self.predict_features(latents.repeat(twins, 1, 1), labels, visible, wanted, max_rows)
-                null_difference = features[-batch_size:] - features[:batch_size]
-                conditioning = features[:, : upto - done]
-            else:
-                rows = labels[:batch_size], order[:, :done], order[:, done:upto]
-                features = self.predict_features(latents, *rows, max_rows)
-                conditioning = torch.cat([features, features + null_difference[:, done - known : upto - known]])
+                # 5. Features of the tokens to come
+                if done == 0:  # they know nothing but the class yet: one row for each will do
+                    tokens, visible = latents[:1].expand(len(kinds), -1, -1), places[: len(kinds), :0]
+                    everywhere = torch.arange(config.num_tokens, device=device).expand(len(kinds), -1)
+                    features = self.predict_features(tokens, kinds, visible, everywhere, max_rows)
+                    conditioning = features[kind_of_row.unsqueeze(-1), places[:, :upto]]
+                elif (step - 1) % null_refresh_interval == 0:  # for all steps until the null class is looked at again
+                    known, last = done, min(step + null_refresh_interval, num_inference_steps)
+                    visible, wanted = places[:, :done], places[:, done : config.num_tokens - num_masked[last]]
+                    features = self.predict_features(latents.repeat(twins, 1, 1), labels, visible, wanted, max_rows)
+                    null_difference = features[-batch_size:] - features[:batch_size]
+                    conditioning = features[:, : upto - done]
+                else:
+                    rows = labels[:batch_size], order[:, :done], order[:, done:upto]
+                    features = self.predict_features(latents, *rows, max_rows)
+                    conditioning = torch.cat([features, features + null_difference[:, done - known : upto - known]])
 
-            # 6. Denoise them, each by itself
-            guidance = self._guidance_of_step(guidance_schedule, num_masked[step + 1])
-            chosen = order[:, done:upto]
-            denoised = denoise(gather_tokens(latents, chosen), conditioning, denoising_steps[step], guidance)
-            latents = scatter_tokens(latents, chosen, denoised)
+                # 6. Denoise them, each by itself
+                guidance = self._guidance_of_step(guidance_schedule, num_masked[step + 1])
+                chosen = order[:, done:upto]
+                denoised = denoise(gather_tokens(latents, chosen), conditioning, denoising_steps[step], guidance)
+                latents = scatter_tokens(latents, chosen, denoised)
 
-            if callback_on_step_end is not None:
-                mask = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :upto], False)
-                tensors = {"latents": latents, "mask": mask}
-                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                result = callback_on_step_end(self, step, num_masked[step + 1], tensors) or {}
-                latents = result.pop("latents", latents)
+                if callback_on_step_end is not None:
+                    mask = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :upto], False)
+                    tensors = {"latents": latents, "mask": mask}
+                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    result = callback_on_step_end(self, step, num_masked[step + 1], tensors) or {}
+                    latents = result.pop("latents", latents)
 
         # 7. Decode
         images = self.decode_tokens(latents, output_type, max_rows=max_batch_size)

@@ -1,0 +1,375 @@
+"""LoRA adapters: their files, and the methods of a pipeline that diffusers' users know."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+PREFIX = "transformer"
+CONFIG_KEY, CLASSES_KEY = "lora_adapter_metadata", "class_names"  # of a file's metadata; the first as in diffusers
+CLASS_ROWS = "class_rows"
+PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+# attention and MLP of all three networks' blocks: a regular expression over full names, as peft takes it
+DEFAULT_TARGETS = r"(encoder|predictor|denoiser)\.layers\.\d+\.(attention\.(qkv|proj)|fc1|fc2)"
+
+
+@dataclass
+class Adapter:
+    """
+    A LoRA adapter apart from any model.
+
+    Args:
+        config ([`~peft.LoraConfig`]): rank, scale and targets.
+        weights (`dict[str, torch.Tensor]`): as `peft.get_peft_model_state_dict` names them.
+        class_names (`list[str]`): of the classes that it brings.
+        class_rows (`torch.Tensor` of shape `(classes, hidden_size)`, *optional*): their embeddings.
+    """
+
+    config: LoraConfig
+    weights: dict[str, torch.Tensor]
+    class_names: list[str]
+    class_rows: torch.Tensor | None = None
+
+    @classmethod
+    def of_model(cls, model: nn.Module, name: str) -> "Adapter":
+        """
+        The adapter of a name that is attached to a [`DJEPAModel`].
+
+        Raises:
+            ValueError: if there is none of that name.
+        """
+        check_adapter_names(model, [name])
+        weights = get_peft_model_state_dict(model, adapter_name=name)
+        table = model.get_input_embeddings()
+        rows = table.added[name].detach() if name in table.added else None
+        return cls(model.peft_config[name], weights, model.added_classes.get(name, []), rows)
+
+    @classmethod
+    def read(cls, source: str | os.PathLike | dict, **hub_options) -> "Adapter":
+        """
+        Reads an adapter.
+
+        Args:
+            source (`str`, `os.PathLike` or `dict`): a file of [`~DJEPAPipeline.save_lora_weights`]; a folder or a Hub
+                repository that holds one, or one of plain peft (`get_peft_model(...).save_pretrained`); or the tensors
+                themselves, in the names of a file.
+            **hub_options: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`; and with
+                tensors `config` and `class_names`.
+
+        Raises:
+            ValueError: if there is no adapter, or it is a pickle file, which could run code.
+        """
+        if isinstance(source, dict):
+            config = hub_options.pop("config", None) or _guess_config(source)
+            return cls._of_tensors(source, config, hub_options.pop("class_names", []))
+        path = _find(source, **hub_options)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is no safetensors file, the only kind that is read: pickle files can run code.")
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+        beside = path.with_name(PEFT_CONFIG)
+        if CONFIG_KEY in metadata:
+            options = json.loads(metadata[CONFIG_KEY])
+            options = {name.removeprefix(f"{PREFIX}."): value for name, value in options.items()}
+            config = LoraConfig(**options)
+        elif beside.is_file():
+            config = LoraConfig.from_pretrained(path.parent)
+        else:
+            config = _guess_config(tensors)
+        return cls._of_tensors(tensors, config, json.loads(metadata.get(CLASSES_KEY, "[]")))
+
+    @classmethod
+    def _of_tensors(cls, tensors: dict[str, torch.Tensor], config: LoraConfig, names: list[str]) -> "Adapter":
+        tensors = {name.removeprefix(PEFT_PREFIX).removeprefix(f"{PREFIX}."): t for name, t in tensors.items()}
+        rows = tensors.pop(CLASS_ROWS, None)
+        if not tensors:
+            raise ValueError("The adapter holds no weights.")
+        if len(names) != (0 if rows is None else len(rows)):
+            raise ValueError(f"The adapter has {len(names)} class names for {0 if rows is None else len(rows)} rows.")
+        return cls(config, tensors, names, rows)
+
+    def write(self, folder: str | os.PathLike, weight_name: str = WEIGHT_NAME) -> Path:
+        """Writes one safetensors file, which holds everything; its path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{PREFIX}.{name}": tensor for name, tensor in self.weights.items()}
+        if self.class_rows is not None:
+            tensors[f"{PREFIX}.{CLASS_ROWS}"] = self.class_rows
+        options = {name: sorted(v) if isinstance(v, set) else v for name, v in self.config.to_dict().items()}
+        metadata = {
+            "format": "pt",
+            CONFIG_KEY: json.dumps({f"{PREFIX}.{name}": value for name, value in options.items()}, sort_keys=True),
+            CLASSES_KEY: json.dumps(self.class_names),
+        }
+        unfinished = folder / f"unfinished-{weight_name}"
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, unfinished, metadata)
+        os.replace(unfinished, folder / weight_name)
+        return folder / weight_name
+
+    def check_weights(self, model: nn.Module):
+        """Raises a `ValueError`, before anything is changed, unless the adapter was made for such a model."""
+        linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        shapes = {name.removesuffix(".base_layer"): part.weight.shape for name, part in linear.items()}
+        for name, tensor in self.weights.items():
+            place, _, kind = name.partition(".lora_")
+            if place not in shapes:
+                raise ValueError(f"The adapter belongs to another model: this one has no layer {place!r}.")
+            outputs, inputs = shapes[place]
+            expected = {"A.weight": (None, inputs), "B.weight": (outputs, None)}.get(kind)
+            differs = [a for a, b in zip(expected or (), tensor.shape, strict=False) if a not in (None, b)]
+            if differs:
+                raise ValueError(
+                    f"The adapter belongs to another model: {name} has shape {tuple(tensor.shape)}, but the layer maps "
+                    f"{inputs} to {outputs} numbers."
+                )
+            rank = {"A.weight": tensor.shape[0], "B.weight": tensor.shape[-1]}.get(kind)
+            wanted = self.config.rank_pattern.get(place, self.config.r)
+            if rank not in (None, wanted) and not self.config.rank_pattern:
+                raise ValueError(f"The adapter's rank is {wanted}, but {name} has shape {tuple(tensor.shape)}.")
+        width = model.config.hidden_size
+        if self.class_rows is not None and self.class_rows.shape[1] != width:
+            raise ValueError(f"The adapter's classes have width {self.class_rows.shape[1]}, the model's {width}.")
+
+
+class DJEPALoraLoaderMixin(LoraBaseMixin):
+    """LoRA for [`DJEPAPipeline`]: diffusers' methods, and the classes that an adapter brings."""
+
+    _lora_loadable_modules = [PREFIX]
+
+    @classmethod
+    def lora_state_dict(cls, source: str | os.PathLike | dict, **hub_options) -> dict[str, torch.Tensor]:
+        """The tensors of an adapter, see [`Adapter.read`], without prefixes."""
+        return Adapter.read(source, **hub_options).weights
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **hub_options,
+    ):
+        """
+        Attaches an adapter and makes it the active one. Classes that it brings are known from then on.
+
+        Args:
+            pretrained_model_name_or_path_or_dict, **hub_options: see [`Adapter.read`].
+            adapter_name (`str`, *optional*): `default_0`, `default_1` and so on if not given.
+            hotswap (`bool`, defaults to `False`): put the weights into the place of the adapter of that name, which
+                must have the same targets and no lower a rank. A compiled pipeline need not be compiled again.
+
+        Raises:
+            ValueError: if it cannot be read, belongs to another model, or brings a class that is there already. Nothing
+                is changed then.
+        """
+        adapter, model = Adapter.read(pretrained_model_name_or_path_or_dict, **hub_options), self.transformer
+        attached = list(getattr(model, "peft_config", {}))
+        if hotswap:
+            name = adapter_name or "default_0"
+            check_adapter_names(model, [name])
+            if adapter.class_names != model.added_classes.get(name, []):
+                raise ValueError("An adapter can only be swapped for one that brings the same classes.")
+            adapter.check_weights(model)
+            weights = {  # as the model itself calls them
+                f"{part}.{name}.{kind}": tensor
+                for (part, _, kind), tensor in ((key.rpartition("."), t) for key, t in adapter.weights.items())
+            }
+            try:
+                hotswap_adapter_from_state_dict(model, weights, name, adapter.config)
+            except RuntimeError as error:
+                raise ValueError(f"The adapter cannot take the place of {name!r}, it has other targets.") from error
+            if adapter.class_rows is not None:
+                model.get_input_embeddings().added[name].data.copy_(adapter.class_rows)
+            self._adapters_changed()
+            return
+        name = adapter_name or next(f"default_{i}" for i in range(len(attached) + 1) if f"default_{i}" not in attached)
+        if name in attached:
+            raise ValueError(f"There is an adapter {name!r} already: choose another name, or pass `hotswap=True`.")
+        adapter.check_weights(model)
+        model.check_new_classes(adapter.class_names)
+        attach(model, adapter, name)
+        self.set_adapters(name)
+
+    def save_lora_weights(
+        self, save_directory: str | os.PathLike, adapter_name: str | None = None, weight_name: str = WEIGHT_NAME
+    ) -> Path:
+        """
+        Writes an attached adapter to one safetensors file, with its configuration and the classes that it brings.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): a folder.
+            adapter_name (`str`, *optional*): which, if several are attached.
+            weight_name (`str`): of the file.
+
+        Returns:
+            `Path`: of the file.
+
+        Raises:
+            ValueError: if there is no such adapter, or several and no name.
+        """
+        attached = list(getattr(self.transformer, "peft_config", {}))
+        if adapter_name is None and len(attached) != 1:
+            raise ValueError(f"Say which adapter to save with `adapter_name`: there are {attached or 'none'}.")
+        return Adapter.of_model(self.transformer, adapter_name or attached[0]).write(save_directory, weight_name)
+
+    def _save_adapters(self, folder: str | os.PathLike):
+        """Writes all adapters beside the weights of a saved pipeline, but for fused ones, which are part of these."""
+        names = [name for name in getattr(self.transformer, "peft_config", {}) if name not in self.fused_loras]
+        for name in names:
+            self.save_lora_weights(folder, name, WEIGHT_NAME if len(names) == 1 else f"{name}.safetensors")
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: float | list[float] | None = None):
+        """
+        Chooses the adapters to use, and how much of each.
+
+        Raises:
+            ValueError: if one is not attached.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        check_adapter_names(self.transformer, names)
+        super().set_adapters(names, adapter_weights)
+        self._adapters_changed()
+
+    def fuse_lora(self, components: list[str] = [PREFIX], **options):
+        """As in diffusers: adds the active adapters to the weights themselves, which makes them as fast as without."""
+        super().fuse_lora(components, **options)
+        self._adapters_changed()
+
+    def unfuse_lora(self, components: list[str] = [PREFIX], **options):
+        """As in diffusers: takes [`~DJEPAPipeline.fuse_lora`] back."""
+        super().unfuse_lora(components, **options)
+        self._adapters_changed()
+
+    def delete_adapters(self, adapter_names: list[str] | str):
+        """
+        Takes adapters away, and the classes that they brought.
+
+        Raises:
+            ValueError: if one is not attached.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        check_adapter_names(self.transformer, names)
+        if len(names) == len(self.transformer.peft_config):
+            self.unload_lora_weights()
+            return
+        super().delete_adapters(names)
+        for name in names:
+            self.transformer.remove_classes(name)
+        self._adapters_changed()
+
+    def unload_lora_weights(self):
+        """Takes all adapters and their classes away. Fused ones stay in the weights, as in diffusers."""
+        super().unload_lora_weights()
+        for name in list(self.transformer.added_classes):
+            self.transformer.remove_classes(name)
+        self._adapters_changed()
+
+    @contextmanager
+    def _lora_scaled(self, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
+        """Within, adapters work with the `scale` of a call."""
+        scale = (attention_kwargs or {}).get("scale", 1.0)
+        if scale == 1.0 or not getattr(self.transformer, "peft_config", None):
+            yield
+            return
+        scale_lora_layers(self.transformer, scale)
+        try:
+            yield
+        finally:
+            unscale_lora_layers(self.transformer, scale)
+
+    def _adapters_changed(self):
+        if self._graphs is not None:  # they have played the old ones
+            self._graphs.clear()
+
+
+def attach(model: nn.Module, adapter: Adapter, name: str):
+    """Adds an adapter to a [`DJEPAModel`], with its classes, and leaves training to others."""
+    add_adapter(model, adapter.config, name)
+    set_peft_model_state_dict(model, adapter.weights, adapter_name=name)
+    if adapter.class_rows is not None:
+        model.add_classes(adapter.class_names, adapter.class_rows, name)
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, name: str):
+    """
+    Adds a fresh adapter, which changes nothing yet, to a [`DJEPAModel`].
+
+    Raises:
+        ValueError: if its targets match no layer; those that there are are listed.
+    """
+    try:
+        inject_adapter_in_model(config, model, name)
+    except ValueError as error:
+        if "arget module" not in str(error):
+            raise
+        layers = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+        raise ValueError(
+            f"`target_modules` {config.target_modules!r} match no layer. Linear layers are called {', '.join(layers)}."
+        ) from error
+    model._hf_peft_config_loaded = True
+    model.train(model.training)  # what was added begins in training mode
+
+
+def check_adapter_names(model: nn.Module, names: list[str]):
+    """Raises a `ValueError` for the first name that no attached adapter has."""
+    attached = list(getattr(model, "peft_config", {}))
+    for name in names:
+        if name not in attached:
+            raise ValueError(f"There is no adapter {name!r}; attached are {', '.join(attached) or 'none'}.")
+
+
+def _guess_config(tensors: dict[str, torch.Tensor]) -> LoraConfig:
+    """Rank and targets from the tensors alone; the scale is 1 then."""
+    stripped = {name.removeprefix(PEFT_PREFIX).removeprefix(f"{PREFIX}."): t for name, t in tensors.items()}
+    ranks = {t.shape[0] for name, t in stripped.items() if name.endswith("lora_A.weight")}
+    if len(ranks) != 1:
+        raise ValueError(f"These are no weights of a LoRA adapter (ranks found: {sorted(ranks) or 'none'}).")
+    targets = sorted({name.partition(".lora_")[0] for name in stripped if ".lora_" in name})
+    rank = ranks.pop()
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+
+
+def _find(
+    source: str | os.PathLike, weight_name: str | None = None, subfolder: str | None = None, **hub_options
+) -> Path:
+    """The file of an adapter, downloaded if need be."""
+    local = Path(source)
+    if local.is_file():
+        return local
+    names = [weight_name] if weight_name else [WEIGHT_NAME, PEFT_WEIGHTS]
+    if local.is_dir():
+        folder = local / (subfolder or "")
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+        if found := sorted(path.name for path in folder.glob("*.bin")):
+            raise ValueError(f"{folder} holds {found[0]}: pickle files can run code, and are not read.")
+        raise ValueError(f"There is no adapter in {folder}: neither {' nor '.join(names)}.")
+    for name in names:
+        try:
+            path = Path(hf_hub_download(str(source), name, subfolder=subfolder, **hub_options))
+        except RemoteEntryNotFoundError:
+            continue
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            raise ValueError(f"There is no adapter {str(source)!r}, neither here nor on the Hub: {error}") from error
+        if name == PEFT_WEIGHTS:
+            hf_hub_download(str(source), PEFT_CONFIG, subfolder=subfolder, **hub_options)
+        return path
+    raise ValueError(f"There is no adapter in {source}: neither {' nor '.join(names)}.")
