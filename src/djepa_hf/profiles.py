@@ -33,9 +33,9 @@ class SamplingProfile:
         """What the profile makes of options of [`DJEPAPipeline`]'s call, under the same names and in this order."""
         denoising_steps, final = num_denoising_steps, final_denoising_steps
         return {
-            "num_inference_steps": _part(num_inference_steps, self.inference_steps, self.least_inference_steps),
-            "num_denoising_steps": _part(denoising_steps, self.denoising_steps, self.least_denoising_steps),
-            "final_denoising_steps": final and _part(final, self.denoising_steps, self.least_denoising_steps),
+            "num_inference_steps": _share_of(num_inference_steps, self.inference_steps, self.least_inference_steps),
+            "num_denoising_steps": _share_of(denoising_steps, self.denoising_steps, self.least_denoising_steps),
+            "final_denoising_steps": final and _share_of(final, self.denoising_steps, self.least_denoising_steps),
             "solver": solver or self.solver,
             "null_refresh_interval": max(null_refresh_interval, self.null_refresh_interval),
         }
@@ -68,5 +68,5 @@ def find_profile(name: str, objective: str) -> SamplingProfile:
     return PROFILES[name][objective]
 
 
-def _part(number: int, share: float, least: int) -> int:
+def _share_of(number: int, share: float, least: int) -> int:
     return min(number, max(least, round(share * number)))
