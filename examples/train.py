@@ -15,7 +15,7 @@ A run that was killed goes on with `--resume_from_checkpoint latest`; SIGTERM an
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -131,6 +131,14 @@ class Run:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def class_ids(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """The model's ids of classes of the data."""
+        return labels
+
+    def update_average(self, decay: float):
+        """One step of the moving average."""
+        update_average(self.accelerator, self.online, decay)
+
     def check_sampling(self):
         """Raises a `ValueError` now, rather than after training, if previews could not be sampled."""
         with torch.device("meta"):
@@ -153,9 +161,17 @@ def initial_model(args: ModelArguments, data: TrainingData, vae: AutoencoderKL |
 
 
 def prepare(
-    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, sampling: SamplingArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    sampling: SamplingArguments,
+    build: Callable[..., DJEPAForPreTraining] = initial_model,
+    kind: type[Run] = Run,
 ) -> Run:
-    """Loads and checks everything before the first step."""
+    """
+    Loads and checks everything before the first step. `build` makes the model, `kind` says what a run of it does; both
+    are those of training from scratch if not given.
+    """
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -175,7 +191,7 @@ def prepare(
     vae = load_vae(vae) if vae else None
     data = load_training_samples(data_args, vae, args.seed, accelerator.process_index, accelerator.num_processes)
     set_seed(args.seed)  # the same weights on every process: engines that cut them up take a piece from each
-    model = initial_model(model_args, data, vae)
+    model = build(model_args, data, vae)
     set_seed(args.seed, device_specific=True)  # dropout is each process's own
     if resume is not None:
         check_same_model(model.config, resume[0])
@@ -205,7 +221,7 @@ def prepare(
         settings["images per process and batch"] = args.train_batch_size
     history, signals = History(model_args.init_from, settings), StopSignals()
     state = (lr_scheduler, vae, total_steps, history, signals, mixed_precision)
-    run = Run(args, sampling, accelerator, model, data, optimizer, *state)
+    run = kind(args, sampling, accelerator, model, data, optimizer, *state)
     run.check_sampling()
     accelerator.register_for_checkpointing(history, lr_scheduler)
     if resume is not None:
@@ -248,7 +264,7 @@ def model_inputs(run: Run, batch: dict, number: int) -> dict:
         sample = latents_of_moments(moments, noise[first : first + size], vae.scaling_factor, vae.shift_factor)
     seed = seed_of("step", run.args.seed, number)
     draws = draw_training(online.config, online.token_scheduler, together, device, seed)
-    labels = batch["class_labels"].to(device, non_blocking=True)
+    labels = run.class_ids(batch["class_labels"]).to(device, non_blocking=True)
     return {"sample": sample, "class_labels": labels, "draws": draws.rows(first, first + size)}
 
 
@@ -290,7 +306,7 @@ def training_step(run: Run, batches: Iterator[dict]) -> dict[str, float]:
     ramps = args.ema_warmup and not run.history.init_from
     decay = ema_decay(args.ema_decay, run.step) if ramps else args.ema_decay
     if is_finite:
-        update_average(accelerator, run.online, decay)
+        run.update_average(decay)
     count_skipped(run, is_finite, losses | {"gradient_norm": norm}, ids)
     return losses | {"gradient_norm": norm, "ema_decay": decay, "stop": stop}
 

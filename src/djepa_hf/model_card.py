@@ -99,6 +99,64 @@ def create_model_card(
     )
 
 
+def create_lora_card(
+    repo_id: str,
+    base: str,
+    class_names: list[str],
+    example: str,
+    training: str,
+    sampling: dict[str, Any],
+    base_is_on_hub: bool,
+) -> ModelCard:
+    """
+    The card of a LoRA adapter.
+
+    Args:
+        repo_id (`str`): from where it will be loaded.
+        base (`str`): the pipeline that it belongs to.
+        class_names (`list[str]`): of the classes that it brings.
+        example (`str`): a class to show.
+        training (`str`): data and recipe, in Markdown.
+        sampling (`dict`): arguments of the call that suit it best.
+        base_is_on_hub (`bool`): whether `base` is an id.
+    """
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASK["task_type"],
+        tags=["djepa", "lora"],
+        base_model=base if base_is_on_hub else None,
+    )
+    options = "".join(f"    {name}={json.dumps(value)},\n" for name, value in sampling.items())
+    classes = ", ".join(class_names)
+    brings = f"It brings the classes {classes}; all others keep their embeddings." if class_names else ""
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {_last_part(repo_id)}
+
+A LoRA adapter for the D-JEPA pipeline `{base}`, in the implementation of `djepa_hf`. {brings}
+
+```python
+from djepa_hf import DJEPAPipeline
+
+pipe = DJEPAPipeline.from_pretrained({json.dumps(base)})
+pipe.load_lora_weights({json.dumps(repo_id)})
+image = pipe(
+    {json.dumps(example)},
+{options}).images[0]
+```
+
+![Samples](previews/final.png)
+
+## Training
+
+{training}
+"""
+    )
+
+
 def figures_table(eval_results: list[EvalResult]) -> str:
     """The results as a Markdown table, each with its settings and its source."""
     if not eval_results:

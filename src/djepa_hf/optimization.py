@@ -10,7 +10,7 @@ UNDECAYED_PARTS = (
     "djepa.denoiser.",
     "prediction_head.",
 )
-UNDECAYED_NAMES = ("buffer_tokens", "position_embeddings", "mask_token", "class_embeddings")
+UNDECAYED_NAMES = ("buffer_tokens", "position_embeddings", "mask_token", "class_embeddings", "lora_")
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
