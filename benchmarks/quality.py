@@ -25,7 +25,7 @@ from djepa_hf.accounting import sampling_flops
 from djepa_hf.arguments import SamplingArguments, option, parse_arguments
 from djepa_hf.engines import start_processes
 from djepa_hf.evaluation.arguments import EvaluationArguments
-from djepa_hf.evaluation.protocol import Evaluation, Protocol, check_protocol
+from djepa_hf.evaluation.protocol import PROFILED, Evaluation, Protocol, check_protocol
 from djepa_hf.profiles import PROFILES
 from djepa_hf.schedulers import SOLVERS
 
@@ -66,8 +66,7 @@ def settings(objective: str, sampling: dict) -> Iterator[tuple[str, str, dict]]:
 
 def work(pipe: DJEPAPipeline, sampling: dict) -> float:
     """Floating-point operations of the networks for one image."""
-    asked = ("num_inference_steps", "num_denoising_steps", "final_denoising_steps", "null_refresh_interval")
-    asked = {name: sampling[name] for name in asked if name in sampling}
+    asked = {name: sampling[name] for name in PROFILED if name in sampling}
     done = pipe.expand_profile(sampling.get("profile", "exact"), **asked)
     del done["solver"]
     return sum(sampling_flops(pipe.transformer.config, guidance_scale=sampling["guidance_scale"], **done).values())
@@ -90,6 +89,9 @@ def plot(rows: list[dict], path: Path, title: str):
             axes.annotate(row["name"], place, textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.axhline(rows[0]["frechet_distance"], color="grey", linewidth=0.5)
     axes.set(xscale="log", xlabel="work, as a share of the reference's", ylabel="Fréchet distance", title=title)
+    axes.set_xticks(ticks := [0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1], [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlim=(0.9 * min(row["work"] for row in rows), 1.3))
     axes.set(ylim=(None, 2 * rows[0]["frechet_distance"]))  # what is worse than that needs no second look
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

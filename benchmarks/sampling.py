@@ -168,6 +168,7 @@ def quiet(pipe: DJEPAPipeline) -> DJEPAPipeline:
 
 
 def compiled_pipeline(preset: str, objective: str, dtype: torch.dtype) -> DJEPAPipeline:
+    torch._dynamo.reset()  # programs of other presets and types count towards a limit
     pipe = random_pipeline(preset, objective, dtype)
     pipe.compile()
     return pipe

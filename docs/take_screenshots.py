@@ -28,7 +28,7 @@ def choose(page: Page, numbers: list[int]):
 
 
 def generate(page: Page):
-    """Five images of two classes."""
+    """Four images of each of two classes."""
     choose(page, [3, 8])
     page.locator("#count input[type=number]").fill("4")
     page.locator("#count input[type=number]").blur()

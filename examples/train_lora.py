@@ -153,8 +153,8 @@ def model_with_adapter(args: LoraArguments, data: TrainingData, vae: Autoencoder
     if new:
         model.target.add_classes(new)  # to the base they are no class in particular
         model.djepa.add_classes(new, adapter_name=ADAPTER)
-        model.djepa.get_input_embeddings().added.requires_grad_(True)
-    add_adapter(model.djepa, args.config, ADAPTER)
+    add_adapter(model.djepa, args.config, ADAPTER)  # which freezes all else
+    model.djepa.get_input_embeddings().added.requires_grad_(True)
     count, all_parameters = num_parameters(model, only_trainable=True), num_parameters(model.djepa)
     print(
         f"Training {count:,} parameters, {count / all_parameters:.1%} of {all_parameters:,}. New classes: "

@@ -432,7 +432,10 @@ def test_references_are_cropped_like_training_images(tmp_path, judge):
 def test_results_of_solvers_and_profiles_say_so(folder, tmp_path):
     fast = run(folder, output_dir=tmp_path / "fast", profile="fast")["protocol"]
     assert (fast["solver"], fast["scheduler"]["solver"]) == ("midpoint", "midpoint")
-    assert fast["sampling"]["profile"] == "fast"
+    assert fast["profile"] == "fast"
+    assert fast["sampling"]["null_refresh_interval"] == 2  # what the profile stands for
+    with pytest.raises(ValueError, match=r"drawn otherwise .*profile was fast, is exact"):
+        run(folder, output_dir=tmp_path / "fast")
     pipe = tiny_pipeline(objective="diffusion", id2label={i: str(i) for i in range(10)})
     pipe.save_pretrained(tmp_path / "diffusion")
     other = run(tmp_path / "diffusion", solver="dpmsolver++", num_denoising_steps=4)["protocol"]

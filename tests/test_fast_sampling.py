@@ -1,15 +1,18 @@
 """Faster ways to the same images, and to other images for less: parts of batches, compilation, solvers, profiles."""
 
 import copy
+import math
 
 import pytest
 import torch
 from conftest import generators, relative_error, tiny_pipeline, tiny_vae
+from peft import LoraConfig
 
 from djepa_hf import DDPMTokenScheduler, DJEPAPipeline
 from djepa_hf.accounting import sampling_flops
 from djepa_hf.compilation import CUDAGraphs
-from djepa_hf.denoising import TokenDenoiser
+from djepa_hf.denoising import TokenDenoiser, _adapter_state
+from djepa_hf.lora import DEFAULT_TARGETS, add_adapter
 from djepa_hf.masking import checkerboard_token_order
 from djepa_hf.profiles import PROFILES
 from djepa_hf.schedulers import SOLVERS, solver_for
@@ -69,16 +72,16 @@ def test_at_first_one_row_of_each_class_is_enough():
     torch.testing.assert_close(images[2:3], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 20, 10_000])
+@pytest.mark.parametrize(("rows", "worked_on"), [(12, [1] * 5), (30, [2, 2, 1]), (10_000, [5])])
 @pytest.mark.parametrize("objective", SOLVERS)
-def test_conditions_may_be_worked_on_together(monkeypatch, objective, rows):
+def test_conditions_may_be_worked_on_together(monkeypatch, objective, rows, worked_on):
     pipe, token = tiny_pipeline(objective=objective), torch.randn(2, 3, 4)
     conditioning, seen = torch.randn(4, 3, 32), []
     monkeypatch.setattr("djepa_hf.denoising.MODULATED_ROWS", rows)
     pipe.transformer.denoiser.modulation.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
     denoise = TokenDenoiser(pipe.transformer.denoiser, pipe.scheduler, 0.9, generators(0, 1))
     tokens = denoise(token, conditioning, 5, guidance=1.5)
-    assert seen == {1: [(12, 32)] * 5, 20: [(1, 12, 32)] * 5, 10_000: [(5, 12, 32)]}[rows] or rows == 20
+    assert [math.prod(shape[:-1]) / 12 for shape in seen] == worked_on  # timesteps at a time
 
     sample, model, scheduler = 0.9 * token if objective == "flow_matching" else token, pipe.transformer, pipe.scheduler
     scheduler.set_timesteps(5)
@@ -141,6 +144,7 @@ def test_few_compiled_programs_serve_all_calls():
         programs.append(module)
         return module.forward
 
+    torch._dynamo.reset()
     pipe, plain = twins(objective="diffusion")
     pipe.compile(backend=backend)
 
@@ -152,7 +156,7 @@ def test_few_compiled_programs_serve_all_calls():
         torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-3)
 
     compare([0, 1, 2], num_inference_steps=9)
-    assert len(programs) <= 5  # not one for each step
+    assert 3 <= len(programs) <= 5  # not one for each step
     first = len(programs)
     compare([4, 1, 2, 3, 3], num_inference_steps=7, num_denoising_steps=5)
     compare([1], num_inference_steps=16)
@@ -186,11 +190,28 @@ def test_cuda_graphs_play_the_same_loops(objective):
     assert pipe([0, 1], generator=generators(0, 1), **options).images.isfinite().all()
 
 
+def test_graphs_know_adapters_by_their_state():
+    pipe = tiny_pipeline()
+    states = {_adapter_state(pipe.transformer.denoiser)}
+    add_adapter(pipe.transformer, LoraConfig(r=2, target_modules=DEFAULT_TARGETS), "a")
+    states.add(_adapter_state(pipe.transformer.denoiser))
+    pipe.set_adapters("a", 0.5)
+    states.add(_adapter_state(pipe.transformer.denoiser))
+    pipe.disable_lora()
+    states.add(_adapter_state(pipe.transformer.denoiser))
+    pipe.enable_lora()
+    assert _adapter_state(pipe.transformer.denoiser) in states
+    pipe.fuse_lora()
+    states.add(_adapter_state(pipe.transformer.denoiser))
+    assert len(states) == 5
+
+
 @needs_cuda
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
 @pytest.mark.parametrize("objective", SOLVERS)
-def test_a_cuda_device_is_never_waited_for(objective):
+def test_a_cuda_device_is_never_waited_for(objective, where):
     pipe = tiny_pipeline(objective=objective).to("cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(where).manual_seed(0)
     pipe([0, 1], generator=generator, **FAST)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -6,6 +6,7 @@ import json
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import generators, relative_error, tiny_model, tiny_pipeline
 from peft import LoraConfig
 from safetensors import safe_open
@@ -117,13 +118,15 @@ def test_a_call_may_scale_adapters(pipe, file):
     assert torch.equal(sample(pipe), full)  # for that call alone
     pipe.set_adapters("default_0", 0.5)
     torch.testing.assert_close(sample(pipe), half)
+    assert torch.equal(sample(pipe, attention_kwargs={"scale": 0.0}), plain)
+    torch.testing.assert_close(sample(pipe), half)
     pipe.disable_lora()
     assert torch.equal(sample(pipe), plain)
     pipe.enable_lora()
     torch.testing.assert_close(sample(pipe), half)
 
 
-def test_bfloat16_and_offload(pipe, file):
+def test_works_in_bfloat16(pipe, file):
     pipe.load_lora_weights(file)
     expected = sample(pipe)
     half = DJEPAPipeline(copy.deepcopy(pipe.transformer), pipe.scheduler).to(torch.bfloat16)
@@ -137,6 +140,14 @@ def test_bfloat16_and_offload(pipe, file):
     torch.testing.assert_close(sample(late), sample(half))
 
 
+def test_weights_may_come_and_go(pipe, file):
+    pipe.load_lora_weights(file)
+    expected = sample(pipe)
+    cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))  # which stands in for an accelerator
+    assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {"meta"}
+    assert torch.equal(sample(pipe), expected)
+
+
 def test_compiled_pipelines_take_adapters(pipe, file, tmp_path):
     programs = []
 
@@ -144,11 +155,13 @@ def test_compiled_pipelines_take_adapters(pipe, file, tmp_path):
         programs.append(module)
         return module.forward
 
+    torch._dynamo.reset()
     pipe.load_lora_weights(file, adapter_name="style")
     expected, other = sample(pipe), adapter(5, model=tiny_model())
     pipe.compile(backend=backend)
     torch.testing.assert_close(sample(pipe), expected, rtol=1e-3, atol=1e-3)
     compiled = len(programs)
+    assert compiled >= 3
     pipe.load_lora_weights(other.write(tmp_path), adapter_name="style", hotswap=True)
     swapped = sample(pipe)
     assert len(programs) == compiled
@@ -175,6 +188,39 @@ def test_an_adapter_survives_its_file(pipe, tmp_path):
         pipe.load_lora_weights(source)
         assert torch.equal(sample(pipe, ("axolotl", 1)), images)
         pipe.unload_lora_weights()
+
+
+def test_tensors_are_loaded_with_their_configuration(pipe):
+    made = adapter(classes=["axolotl"])
+    tensors = {f"transformer.{name}": tensor for name, tensor in made.weights.items()}
+    tensors["transformer.class_rows"] = made.class_rows
+    pipe.load_lora_weights(tensors, config=made.config, class_names=["axolotl"])
+    attach(other := tiny_model(), made, "x")
+    assert pipe.get_label_ids("axolotl") == [5]
+    for name, tensor in Adapter.of_model(other, "x").weights.items():
+        assert torch.equal(Adapter.of_model(pipe.transformer, "default_0").weights[name], tensor)
+
+
+def test_how_an_adapter_began_does_not_change_the_model(pipe, tmp_path):
+    before, made = weights_of(pipe), adapter()
+    made.config.init_lora_weights = "pissa"
+    pipe.load_lora_weights(made.write(tmp_path))
+    base = pipe.transformer.base_state_dict()
+    assert all(torch.equal(base[name], tensor) for name, tensor in before.items())
+
+
+def test_room_for_other_ranks_can_be_made(pipe, file, tmp_path):
+    pipe.enable_lora_hotswap(target_rank=6)
+    pipe.load_lora_weights(file, adapter_name="style")
+    higher = adapter(4, rank=5)
+    pipe.load_lora_weights(higher.write(tmp_path), adapter_name="style", hotswap=True)
+    swapped = sample(pipe)
+    pipe.unload_lora_weights()
+    pipe._hotswap_options = None
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(swapped, sample(pipe), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="comes before the first adapter is loaded"):
+        pipe.enable_lora_hotswap()
 
 
 def test_adapters_of_plain_peft_are_read(pipe, tmp_path):
@@ -278,13 +324,24 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(pipe, tmp_path):
     torn = adapter()
     torn.config.r = 5
     refuses("The adapter's rank is 5, but .* has shape", torn.write(tmp_path / "torn"))
+    fewer = adapter()
+    fewer.config.target_modules = {"fc1"}
+    refuses("The adapter's targets are not those of its weights", fewer.write(tmp_path / "fewer"))
+    ranks = adapter()
+    ranks.config.rank_pattern = {"fc1": 7}
+    refuses("The adapter does not fit", ranks.write(tmp_path / "ranks"))
+    (tmp_path / "damaged.safetensors").write_bytes(b"not tensors")
+    refuses("damaged.safetensors is damaged", tmp_path / "damaged.safetensors")
+    refuses("Tensors do not tell rank and scale: pass the adapter's `config`", adapter().weights)
     refuses("There is a class 'hen' already", adapter(classes=["hen"]).write(tmp_path / "hen"))
     refuses("neither pytorch_lora_weights.safetensors nor adapter_model.safetensors", tmp_path)
     torch.save({}, tmp_path / "pytorch_lora_weights.bin")
     refuses("holds pytorch_lora_weights.bin: pickle files can run code", tmp_path)
     refuses("is no safetensors file", tmp_path / "pytorch_lora_weights.bin")
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    refuses("These are no weights of a LoRA adapter", tmp_path / "other.safetensors")
+    refuses("does not say how it was made", tmp_path / "other.safetensors")
+    other = {"weight": torch.zeros(2)}
+    refuses("These are no weights of a LoRA adapter", other, config=LoraConfig())
     refuses("There is no adapter 'nobody/nothing', neither here nor on the Hub", "nobody/nothing")
     refuses("There is no adapter 'style'; attached are none", tmp_path / "torn", adapter_name="style", hotswap=True)
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import threading
 import zipfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from djepa_hf import DJEPAPipeline
 README = Path(space.__file__).with_name("README.md").read_text()
 CARD = """# A model
 ```python
-image = pipe("hen", num_inference_steps=8, num_denoising_steps=5, guidance_scale=1.5, generator=None).images[0]
+image = pipe("hen", num_inference_steps=8, num_denoising_steps=5, guidance_scale=1.5, final_denoising_steps=3).images[0]
 ```
 """
 
@@ -62,7 +63,9 @@ def test_defaults_come_from_the_card(studio):
         "temperature": 0.98,
         "profile": "exact",
         "solver": None,
-        "token_order": "random",
+        "token_order": None,
+        "final_denoising_steps": 3,
+        "null_refresh_interval": 1,
     }
     assert studio.choices[3] == ("3 · hen", 3)
     assert studio.solvers == ["euler", "heun", "midpoint"]
@@ -110,6 +113,21 @@ def test_a_run_that_is_closed_stops(studio, monkeypatch):
     assert len(steps) < 10
 
 
+def test_runs_that_were_given_up_keep_their_turn(studio):
+    request = Request([0], options={"num_inference_steps": 16, "num_denoising_steps": 100})
+    before = threading.active_count()
+    for _ in range(6):
+        run = studio.run(request)
+        next(run, None)
+        run.close()
+    at_work = [thread for thread in threading.enumerate() if thread.name.startswith("Thread-") and thread.is_alive()]
+    for thread in at_work:
+        thread.join(timeout=30)
+    assert threading.active_count() <= before + 1
+    assert studio._turns.acquire(blocking=False)
+    studio._turns.release()
+
+
 def test_two_runs_at_once_get_their_own_images(studio):
     requests = [Request([0], seed=1), Request([4], seed=2, options={"num_inference_steps": 5})]
     alone = [list(studio.run(request))[-1].images[0].tobytes() for request in requests]
@@ -131,6 +149,11 @@ def test_two_runs_at_once_get_their_own_images(studio):
         (Request([0, 1], images_per_class=9), "At most 16 images at a time, not 18"),
         (Request([0], images_per_class=0), "Images per class must be a whole number from 1 on, not 0"),
         (Request([0], images_per_class="many"), "Images per class must be a whole number from 1 on, not 'many'"),
+        (Request([0], images_per_class=10**9), "At most 16 images at a time, not 1000000000"),
+        (Request([[0]]), "Classes are a list of ids and names"),
+        (Request([0], options=["fast"]), r"Options are names with values, not \['fast'\]"),
+        (Request([0], options={"final_denoising_steps": 300}), "At most 250 denoising steps, not 300"),
+        (Request([0], options={"null_refresh_interval": True}), "True is no value for null_refresh_interval"),
         (Request([0], seed=-1), "The seed must be a whole number between 0 and 4294967295, not -1"),
         (Request([0], options={"steps": 3}), "There is no option 'steps'; there are num_inference_steps"),
         (Request([0], options={"num_denoising_steps": "ten"}), "'ten' is no value for num_denoising_steps"),
@@ -146,7 +169,9 @@ def test_what_cannot_be_drawn_is_told(studio, request_, message):
 
 def test_a_grid_has_a_cell_for_every_pair_of_values(studio):
     values = ([1, 2.5], [0.5, 0.9, 1])
-    *_, (done, count, picture) = studio.explore("hen", 3, ("guidance_scale", "temperature"), values)
+    seen = list(studio.explore("hen", 3, ("guidance_scale", "temperature"), values))
+    assert sum(picture is not None for _, _, picture in seen) == 6
+    done, count, picture = seen[-1]
     assert (done, count) == (6, 6)
     options = {"guidance_scale": 2.5, "temperature": 0.9}
     *_, result = studio.run(Request(["hen"], 1, 3, options))
@@ -182,12 +207,19 @@ def test_failures_are_told_and_survived(model, monkeypatch):
     monkeypatch.setattr(DJEPAPipeline, "__call__", call)
     files, _, _ = app.api_generate([0])
     assert Path(files[0]).is_file()
+    old = Path(files[0]).parent
+    os.utime(old, (0, 0))  # made long ago
+    files, _, _ = app.api_generate([0])
+    assert not old.exists()
     app.close()
     assert not Path(files[0]).exists()
 
 
 def test_a_model_that_cannot_be_loaded_is_tried_again(model, tmp_path):
     app = space.App(str(tmp_path / "later"), "cpu", torch.float32)
+    app.build()
+    assert len(app.fill()) == len(app.filled)
+    assert "could not be loaded" in app.fill()[0].value
     with pytest.raises(gradio.Error, match=r"The model .*later could not be loaded"):
         app.api_classes()
     (tmp_path / "later").symlink_to(model)

@@ -161,6 +161,19 @@ def test_what_cannot_be_drawn_is_told(visit):
     expect(page.get_by_text("temperature: 'warm' is no number.")).to_be_visible()
 
 
+def test_an_example_shows_its_own_files(visit):
+    page = visit()
+    choose(page, "gold", "1 · goldfish")
+    page.locator("#go").click()
+    expect(page.locator("#status")).to_contain_text("1 image in")
+    page.get_by_role("row").filter(has_text="0 · tench").first.click()
+    expect(page.locator("#status")).to_contain_text("4 images in")
+    with page.expect_download() as download:
+        page.locator("#archive").click()
+    names = zipfile.ZipFile(Path(download.value.path())).namelist()
+    assert [name for name in names if name.endswith(".png")] == [f"{i:02d}_tench_seed{i}.png" for i in range(4)]
+
+
 def test_two_sessions_get_their_own_images(visit):
     pages = [visit(), visit()]
     for page, (text, name, seed) in zip(pages, [("3", "3 · hen", 1), ("ostr", "4 · ostrich", 2)], strict=True):

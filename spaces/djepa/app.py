@@ -10,13 +10,18 @@ import os
 import random
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
-from studio import AXES, Limits, Request, Result, Studio, Update
+from studio import AXES, RUNS, Limits, Request, Result, Studio, Update
+
+from djepa_hf.pipeline_djepa import GUIDANCE_SCHEDULES, TOKEN_ORDERS
+from djepa_hf.profiles import PROFILES
 
 try:
     from spaces import GPU as on_gpu  # ZeroGPU lends a GPU for the time of a call
@@ -28,7 +33,6 @@ except ImportError:
 
 HERE = Path(__file__).parent
 DEFAULT_MODEL = os.environ.get("DJEPA_MODEL", "outputs/digits")
-PROFILES = ["exact", "balanced", "fast"]
 OWN_SOLVER = "the model's own"
 PROGRAM_HEADING = "## From a program\n"
 STORED_HOURS = 2  # how long pictures lie in the app's temporary folder
@@ -36,6 +40,19 @@ CSS = (HERE / "style.css").read_text()
 INTRODUCTION = """# D-JEPA
 Images grow token by token, in random order: a transformer predicts a feature for every token that is missing, and a
 small network turns that feature into the token. [Paper](https://arxiv.org/abs/2410.03755)"""
+
+
+_APPS: list["App"] = []
+
+
+@on_gpu
+def _run(number: int, request: Request) -> Iterator[Update | Result]:
+    yield from _APPS[number].studio.run(request)
+
+
+@on_gpu
+def _explore(number: int, *args) -> Iterator[tuple]:
+    yield from _APPS[number].studio.explore(*args)
 
 
 class App:
@@ -52,14 +69,18 @@ class App:
     def __init__(self, model: str, device: str, dtype: torch.dtype, limits: Limits | None = None):
         self.model, self.device, self.dtype, self.limits = model, device, dtype, limits or Limits()
         self.folder = Path(tempfile.mkdtemp(prefix="djepa_space_"))
+        os.environ["GRADIO_EXAMPLES_CACHE"] = str(self.folder / "examples")  # which are of this model alone
         self._studio: Studio | None = None
+        self._loading = threading.Lock()
+        self.number = len(_APPS)
+        _APPS.append(self)
 
     @property
     def studio(self) -> Studio:
         """The model, loaded when it is first needed; a load that failed is tried again."""
-        if self._studio is None:
+        with self._loading:
             try:
-                self._studio = Studio(self.model, self.device, self.dtype, self.limits)
+                self._studio = self._studio or Studio(self.model, self.device, self.dtype, self.limits)
             except Exception as error:
                 message = f"The model {self.model} could not be loaded: {error}"
                 raise gr.Error(message, duration=None, print_exception=False) from error
@@ -72,7 +93,7 @@ class App:
         try:
             studio = self.studio
         except gr.Error as error:
-            return (gr.Markdown(f"⚠️ {error.message}", visible=True), *[gr.skip()] * 11)
+            return (gr.Markdown(f"⚠️ {error.message}", visible=True), *[gr.skip()] * (len(self.filled) - 1))
         d, tokens = studio.defaults, studio.config.num_tokens
         return (
             gr.Markdown(visible=False),
@@ -83,7 +104,7 @@ class App:
             d["guidance_schedule"],
             d["temperature"],
             gr.Dropdown(choices=[OWN_SOLVER, *studio.solvers], value=d["solver"] or OWN_SOLVER),
-            d["token_order"],
+            d["token_order"] or "random",
             d["profile"],
             gr.Dropdown(choices=studio.choices, value=0),
             *grid_values(next(iter(AXES)), studio.defaults, tokens),
@@ -129,7 +150,8 @@ class App:
         """Draws an example: once, then it is kept."""
         *_, result = self._run(Request(classes, int(images_per_class), int(seed), {"profile": profile}))
         shown = self._finished(result)
-        return "An example.", result.frames[-1], gr.Column(visible=True), shown[self.gallery]
+        kept = [shown[part] for part in (self.gallery, self.archive, self.animation, self.settings, self.snippet)]
+        return shown[self.status], result.frames[-1], gr.Slider(visible=False), gr.Column(visible=True), *kept
 
     def _begun(self) -> dict:
         return {
@@ -140,7 +162,7 @@ class App:
         }
 
     def _finished(self, result: Result) -> dict:
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        folder = self._new_folder()
         paths, animation, archive = result.save(folder)
         frames = []
         for i, frame in enumerate(result.frames):
@@ -166,10 +188,10 @@ class App:
 
     def _run(self, request: Request) -> Iterator[Update | Result]:
         """A run whose failures are messages on the page."""
-        run = _run_on_gpu(self.studio, request)
+        run = self._run_on_gpu(request)
         try:
             yield from run
-        except (ValueError, torch.OutOfMemoryError) as error:
+        except (ValueError, RuntimeError) as error:
             raise friendly(error) from error
         finally:
             run.close()
@@ -179,12 +201,23 @@ class App:
         try:
             values = tuple(numbers(text, name) for text, name in zip((down, across), AXES[axes], strict=True))
             yield {self.explore_status: progress(None), self.explore_cancel: gr.Button(interactive=True)}
-            for done, count, picture in _explore_on_gpu(self.studio, label, int(seed or 0), AXES[axes], values):
+            for done, count, picture in self._explore_on_gpu(label, int(seed or 0), AXES[axes], values):
                 told = f"{done} of {count} cells" if done < count else "Done."
-                yield {self.explore_status: told, self.grid: picture}
-        except (ValueError, torch.OutOfMemoryError) as error:
+                yield {self.explore_status: told} | ({} if picture is None else {self.grid: picture})
+        except (ValueError, RuntimeError) as error:
             raise friendly(error) from error
         yield {self.explore_cancel: gr.Button(interactive=False)}
+
+    # On ZeroGPU, what is decorated runs in a copy of the process that has a GPU. The model, loaded before the page was
+    # served, is there already: only the request travels.
+
+    def _run_on_gpu(self, request: Request) -> Iterator[Update | Result]:
+        self.studio  # noqa: B018  loaded here, if not before
+        yield from _run(self.number, request)
+
+    def _explore_on_gpu(self, *args) -> Iterator[tuple]:
+        self.studio  # noqa: B018
+        yield from _explore(self.number, *args)
 
     # --- for programs
 
@@ -194,8 +227,15 @@ class App:
         """Images of classes (ids or names) as PNG files, the settings, and a Python program that makes them again."""
         classes = classes if isinstance(classes, list) else [classes]
         *_, result = self._run(Request(classes, images_per_class, seed, options or {}))
-        paths, _, _ = result.save(Path(tempfile.mkdtemp(dir=self.folder)))
+        paths, _, _ = result.save(self._new_folder())
         return [str(path) for path in paths], result.settings, result.snippet
+
+    def _new_folder(self) -> Path:
+        """For the pictures of a run; those of runs long past go."""
+        for folder in self.folder.glob("run_*"):
+            if time.time() - folder.stat().st_mtime > 3600 * STORED_HOURS:
+                shutil.rmtree(folder, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix="run_", dir=self.folder))
 
     def api_classes(self) -> list[str]:
         """Names of all classes, in the order of their ids."""
@@ -214,8 +254,9 @@ class App:
                 explored = self._build_explore()
             with gr.Tab("Use it from a program", id="api"):
                 self._build_api()
-            page.load(self.fill, None, [trouble, *inputs["filled"], *explored], api_visibility="private")
-        page.queue(max_size=32, default_concurrency_limit=2)
+            self.filled = [trouble, *inputs, *explored]
+            page.load(self.fill, None, self.filled, api_visibility="private")
+        page.queue(max_size=32, default_concurrency_limit=RUNS)
         return page
 
     def _choices(self) -> list[tuple[str, int]]:
@@ -225,7 +266,7 @@ class App:
         except gr.Error:
             return []
 
-    def _build_generate(self) -> dict[str, list]:
+    def _build_generate(self) -> list:
         limits, choices = self.limits, self._choices()
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -241,7 +282,7 @@ class App:
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
                     dice = gr.Button("⚄ Another", elem_id="dice", min_width=100)
                 profile = gr.Radio(
-                    PROFILES,
+                    list(PROFILES),
                     value="exact",
                     label="Profile",
                     info="How much of the work is really done: hardly a difference to be seen, but to be felt.",
@@ -251,10 +292,10 @@ class App:
                     inference_steps = gr.Slider(1, 64, 16, step=1, label="Autoregressive steps")
                     denoising_steps = gr.Slider(1, limits.denoising_steps, 25, step=1, label="Denoising steps")
                     guidance = gr.Slider(0, 10, 1, step=0.05, label="Guidance", info="1 does without.")
-                    schedule = gr.Radio(["linear", "constant"], value="linear", label="Guidance schedule")
+                    schedule = gr.Radio(list(GUIDANCE_SCHEDULES), value="linear", label="Guidance schedule")
                     temperature = gr.Slider(0, 1.5, 1, step=0.01, label="Temperature")
                     solver = gr.Dropdown([OWN_SOLVER], value=OWN_SOLVER, label="Solver")
-                    order = gr.Radio(["random", "checkerboard"], value="random", label="Token order")
+                    order = gr.Radio(list(TOKEN_ORDERS), value="random", label="Token order")
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go")
                     self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
@@ -291,11 +332,11 @@ class App:
                         self.snippet = gr.Code(language="python", label="Python", elem_id="snippet")
                         self.settings = gr.Code(language="json", label="Settings", elem_id="settings")
         if choices:
-            last = len(choices) - 1
+            last, kept = len(choices) - 1, [self.archive, self.animation, self.settings, self.snippet]
             gr.Examples(
                 [[[0], 4, 0, "fast"], [[last, 0], 4, 7, "balanced"]],
                 [classes, count, seed, profile],
-                [self.status, self.live, self.results, self.gallery],
+                [self.status, self.live, self.scrub, self.results, self.gallery, *kept],
                 self.draw_example,
                 cache_examples=True,
                 cache_mode="lazy",
@@ -311,7 +352,7 @@ class App:
             outputs,
             show_progress="hidden",
             concurrency_id="model",
-            concurrency_limit=2,
+            concurrency_limit=RUNS,
             api_visibility="private",
         )
         run.failure(self._stopped, None, [self.status, self.cancel], api_visibility="private")
@@ -332,7 +373,7 @@ class App:
             queue=False,
             api_visibility="private",
         )
-        return {"filled": [classes, *options, profile]}
+        return [classes, *options, profile]
 
     @staticmethod
     def _stopped() -> tuple:
@@ -409,22 +450,14 @@ class App:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-@on_gpu
-def _run_on_gpu(studio: Studio, request: Request) -> Iterator[Update | Result]:
-    yield from studio.run(request)
-
-
-@on_gpu
-def _explore_on_gpu(studio: Studio, *args) -> Iterator[tuple]:
-    yield from studio.explore(*args)
-
-
-def friendly(error: ValueError | torch.OutOfMemoryError) -> gr.Error:
+def friendly(error: ValueError | RuntimeError) -> gr.Error:
     """What went wrong, for people."""
     if isinstance(error, ValueError):
         return gr.Error(str(error), title="That cannot be drawn", print_exception=False)
     torch.cuda.empty_cache()
-    return gr.Error("Ask for fewer images.", title="Out of memory", print_exception=False)
+    if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):  # the CPU's allocator has no class for it
+        return gr.Error("Ask for fewer images.", title="Out of memory", print_exception=False)
+    return gr.Error(f"The run failed: {error}", title="Sorry")
 
 
 def progress(update: Update | None) -> str:

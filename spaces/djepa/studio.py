@@ -2,6 +2,7 @@
 and what they leave behind."""
 
 import ast
+import inspect
 import json
 import math
 import queue
@@ -19,20 +20,25 @@ from PIL import Image
 
 import djepa_hf
 from djepa_hf import DJEPAPipeline
+from djepa_hf.latents import vae_stride
 from djepa_hf.schedulers import SOLVERS
 from djepa_hf.visualization import labelled_grid
 
-# options of a call, as the pipeline's card may set them
-OPTIONS = {
-    "num_inference_steps": 64,
-    "num_denoising_steps": 100,
-    "guidance_scale": 3.0,
-    "guidance_schedule": "linear",
-    "temperature": 0.98,
-    "profile": "exact",
-    "solver": None,
-    "token_order": "random",
+# options of the pipeline's call that a request, or the model's card, may set
+_TYPES = {
+    "num_inference_steps": int,
+    "num_denoising_steps": int,
+    "final_denoising_steps": int,
+    "guidance_scale": (int, float),
+    "guidance_schedule": str,
+    "temperature": (int, float),
+    "profile": str,
+    "solver": str,
+    "token_order": str,
+    "null_refresh_interval": int,
 }
+OPTIONS = {name: inspect.signature(DJEPAPipeline.__call__).parameters[name].default for name in _TYPES}
+RUNS = 2  # at once
 FRAMES = 24  # pictures on the way, at most
 SHEET_SIZE = 640  # pixels along the longer side of a sheet of pictures, at least
 AXES = {
@@ -155,8 +161,13 @@ class Studio:
         self.model, self.limits = model, limits or Limits()
         self.pipe = DJEPAPipeline.from_pretrained(model, dtype=dtype).to(device)
         self.config = self.pipe.transformer.config
+        if len(self.config.sample_shape) != 2:
+            raise ValueError(f"{model} makes samples of rank {len(self.config.sample_shape)}, which are no pictures.")
+        stride = 1 if self.pipe.vae is None else vae_stride(self.pipe.vae)
+        self.size = tuple(stride * side for side in reversed(self.config.sample_shape))  # width, height
         self.names = [self.config.id2label[i].split(",")[0] for i in range(self.config.num_labels)]
         self.defaults = self._defaults()
+        self._turns = threading.Semaphore(RUNS)  # a run that was given up keeps its turn until it has really stopped
 
     @property
     def choices(self) -> list[tuple[str, int]]:
@@ -183,6 +194,10 @@ class Studio:
         """
         if not request.classes:
             raise ValueError("Choose at least one class.")
+        if any(isinstance(label, list | dict) for label in request.classes):
+            raise ValueError("Classes are a list of ids and names.")
+        if not isinstance(request.options, dict):
+            raise ValueError(f"Options are names with values, not {request.options!r}.")
         count, seed = request.images_per_class, request.seed
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"Images per class must be a whole number from 1 on, not {count!r}.")
@@ -191,17 +206,15 @@ class Studio:
         for name, value in request.options.items():
             if name not in OPTIONS:
                 raise ValueError(f"There is no option {name!r}; there are {', '.join(OPTIONS)}.")
-            usual = (int, float) if isinstance(OPTIONS[name], float) else type(OPTIONS[name] or "")
-            if not isinstance(value, usual) and value is not OPTIONS[name]:
+            if (not isinstance(value, _TYPES[name]) or isinstance(value, bool)) and value is not OPTIONS[name]:
                 raise ValueError(f"{value!r} is no value for {name}.")
-        ids = [i for i in self.pipe.get_label_ids(list(request.classes)) for _ in range(request.images_per_class)]
-        if len(ids) > self.limits.images:
-            raise ValueError(f"At most {self.limits.images} images at a time, not {len(ids)}.")
+        if len(request.classes) * count > self.limits.images:
+            raise ValueError(f"At most {self.limits.images} images at a time, not {len(request.classes) * count}.")
+        ids = [i for i in self.pipe.get_label_ids(list(request.classes)) for _ in range(count)]
         options = {**self.defaults, **request.options}
-        if options["num_denoising_steps"] > self.limits.denoising_steps:
-            raise ValueError(
-                f"At most {self.limits.denoising_steps} denoising steps, not {options['num_denoising_steps']}."
-            )
+        most = max(options["num_denoising_steps"], options["final_denoising_steps"] or 0)
+        if most > self.limits.denoising_steps:
+            raise ValueError(f"At most {self.limits.denoising_steps} denoising steps, not {most}.")
         self.pipe.check_inputs(len(ids), num_images_per_label=1, **options)
         return ids
 
@@ -219,7 +232,7 @@ class Studio:
         pipe.set_progress_bar_config(disable=True)
         updates: queue.Queue = queue.Queue()
         is_over, started = threading.Event(), time.monotonic()
-        frames = [self.sheet(ids, [Image.new("RGB", self._size(), "grey")] * len(ids))]
+        frames = [self.sheet(ids, [Image.new("RGB", self.size, "grey")] * len(ids))]
 
         def watch(pipe: DJEPAPipeline, step: int, num_hidden: int, tensors: dict) -> dict:
             pipe._interrupt = is_over.is_set()
@@ -236,7 +249,8 @@ class Studio:
             try:
                 seeds = [torch.Generator().manual_seed(request.seed + i) for i in range(len(ids))]
                 watched = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": ["latents", "mask"]}
-                updates.put(pipe(ids, generator=seeds, **options, **watched).images)
+                with self._turns:
+                    updates.put([] if is_over.is_set() else pipe(ids, generator=seeds, **options, **watched).images)
             except Exception as error:  # it belongs to whoever waits for the updates
                 updates.put(error)
 
@@ -256,9 +270,10 @@ class Studio:
 
     def explore(
         self, label: int | str, seed: int, axes: tuple[str, str], values: tuple[list[float], list[float]]
-    ) -> Iterator[tuple[int, int, Image.Image]]:
+    ) -> Iterator[tuple[int, int, Image.Image | None]]:
         """
-        One image over two options: after every cell the number of cells done and in all, and the picture so far.
+        One image over two options: after every step the number of cells done and in all; after every cell the picture
+        so far, too.
 
         Args:
             label (`int` or `str`): a class.
@@ -276,11 +291,14 @@ class Studio:
         requests = [Request([label], 1, seed, dict(zip(axes, cell, strict=True))) for cell in cells]
         for request in requests:
             self.check(request)
-        images = [Image.new("RGB", self._size(), "lightgrey")] * count
+        images = [Image.new("RGB", self.size, "lightgrey")] * count
         short = [name.removeprefix("num_").replace("_", " ") for name in axes]
         for i, request in enumerate(requests):
-            *_, result = self.run(request)
-            images = [*images[:i], result.images[0], *images[i + 1 :]]
+            for update in self.run(request):
+                if isinstance(update, Update):
+                    yield i, count, None
+                else:
+                    images = [*images[:i], update.images[0], *images[i + 1 :]]
             width = len(values[1])
             rows = [(f"{short[0]} {value:g}", images[j * width : (j + 1) * width]) for j, value in enumerate(values[0])]
             columns = [f"{short[1]} {value:g}" for value in values[1]]
@@ -301,11 +319,6 @@ class Studio:
                 rows.append((self.names[i], []))
             rows[-1][1].append(image)
         return labelled_grid(rows, min_tile=SHEET_SIZE // max(len(rows), *(len(row) for _, row in rows)))
-
-    def _size(self) -> tuple[int, int]:
-        height, width = self.config.sample_shape
-        factor = 1 if self.pipe.vae is None else 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-        return width * factor, height * factor
 
 
 def snippet(settings: dict[str, Any]) -> str:

@@ -42,11 +42,7 @@ class CUDAGraphs:
         self._recorded: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], torch.Tensor]] = (
             OrderedDict()
         )
-        self._pool = None
-
-    def clear(self):
-        """Forgets all recordings."""
-        self._recorded.clear()
+        self._pools: dict[torch.device, tuple[int, int]] = {}  # of each device: graphs take turns in the same memory
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -61,17 +57,18 @@ class CUDAGraphs:
             function (`Callable`): returns one tensor; must not wait for the device.
             **inputs (`torch.Tensor`): on one CUDA device.
         """
-        key = (key, *((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items()))
-        if key not in self._recorded:
-            while len(self._recorded) >= self.most:
-                self._recorded.popitem(last=False)
-            self._recorded[key] = self._record(function, inputs)
-        self._recorded.move_to_end(key)
-        graph, places, output = self._recorded[key]
-        for name, tensor in inputs.items():
-            places[name].copy_(tensor)
-        graph.replay()
-        return output.clone()  # the next replay writes there
+        key = (key, *((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in inputs.items()))
+        with torch.cuda.device(next(iter(inputs.values())).device):
+            if key not in self._recorded:
+                while len(self._recorded) >= self.most:
+                    self._recorded.popitem(last=False)
+                self._recorded[key] = self._record(function, inputs)
+            self._recorded.move_to_end(key)
+            graph, places, output = self._recorded[key]
+            for name, tensor in inputs.items():
+                places[name].copy_(tensor)
+            graph.replay()
+            return output.clone()  # the next replay writes there
 
     def _record(
         self, function: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor]
@@ -83,9 +80,8 @@ class CUDAGraphs:
             for _ in range(2):
                 function(**places)
         torch.cuda.current_stream().wait_stream(stream)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()  # one after the other: all may use the same memory
+        device = torch.device("cuda", torch.cuda.current_device())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pools.setdefault(device, torch.cuda.graph_pool_handle())):
             output = function(**places)
         return graph, places, output

@@ -82,17 +82,24 @@ class TokenDenoiser:
             timesteps = self.prepare(num_steps).timesteps.to(noise.device)
             self._time_embeddings[num_steps] = self.network.time_embedding(timesteps).unsqueeze(1)
         inputs = {"noise": noise, "conditioning": conditioning, "time_embeddings": self._time_embeddings[num_steps]}
-        if self.graphs is None or not hasattr(self.scheduler, "is_stochastic"):
+        is_ours = hasattr(self.scheduler, "is_stochastic")
+        if is_ours and self.scheduler.is_stochastic:
+            inputs["step_noise"] = self._draw(num_steps, noise)
+        if self.graphs is None or not is_ours:
             return self._loop(num_steps, **inputs, guidance=guidance)
-        # Python is left out of what is played back: its numbers and draws become tensors
-        if guidance is not None:
+        if guidance is not None:  # what is played back knows no numbers of Python's
             inputs["guidance"] = torch.full((), guidance, device=noise.device)
-        if self.scheduler.is_stochastic:
-            draw = partial(randn_tensor, noise.shape, self.generator, noise.device, noise.dtype)
-            inputs["step_noise"] = torch.stack([draw() for _ in range(num_steps)])
         weights = tuple(weight.data_ptr() for weight in self.network.parameters())
-        key = (num_steps, self.temperature, repr(self.scheduler.config), weights)
+        key = (num_steps, self.temperature, repr(self.scheduler.config), weights, _adapter_state(self.network))
         return self.graphs(key, partial(self._loop, num_steps), **inputs)
+
+    def _draw(self, num_steps: int, like: torch.Tensor) -> torch.Tensor:
+        """The noise of all steps, `(T, *like.shape)`: generators of the CPU work there, and cost one copy together."""
+        generators = self.generator if isinstance(self.generator, list) else [self.generator]
+        on_cpu = any(generator is not None and generator.device.type == "cpu" for generator in generators)
+        device = torch.device("cpu") if on_cpu else like.device
+        draws = [randn_tensor(like.shape, self.generator, device, like.dtype) for _ in range(num_steps)]
+        return torch.stack(draws).to(like.device, non_blocking=True)
 
     def _loop(
         self,
@@ -103,7 +110,7 @@ class TokenDenoiser:
         guidance: float | torch.Tensor | None = None,
         step_noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What `__call__` does; with the noise of all steps `(T, B, n, C)` given, nothing is drawn."""
+        """What `__call__` does, the noise of all steps `(T, B, n, C)` being there."""
         scheduler = copy.deepcopy(self.prepare(num_steps))  # some change as they go
         accepted = inspect.signature(scheduler.step).parameters
         options = {"temperature": self.temperature, "generator": self.generator}
@@ -159,3 +166,12 @@ class TokenDenoiser:
             guided = null_prediction + guidance * (prediction - null_prediction)
             output = torch.cat([guided, output[..., size:]], dim=-1)  # the variance is the class's own
         return output if getattr(self.scheduler, "takes_variance", False) else output[..., :size]
+
+
+def _adapter_state(network: nn.Module) -> tuple:
+    """What peft's layers do, as far as it is no weight: which adapters are at work, and how strongly."""
+    layers = (module for module in network.modules() if hasattr(module, "base_layer"))
+    return tuple(
+        (*layer.active_adapters, layer.disable_adapters, *layer.merged_adapters, *layer.scaling.items())
+        for layer in layers
+    )

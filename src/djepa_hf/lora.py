@@ -4,19 +4,20 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.hotswap import hotswap_adapter_from_state_dict
-from safetensors import safe_open
+from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -62,46 +63,59 @@ class Adapter:
         return cls(model.peft_config[name], weights, model.added_classes.get(name, []), rows)
 
     @classmethod
-    def read(cls, source: str | os.PathLike | dict, **hub_options) -> "Adapter":
+    def read(cls, source: str | os.PathLike, **hub_options) -> "Adapter":
         """
         Reads an adapter.
 
         Args:
-            source (`str`, `os.PathLike` or `dict`): a file of [`~DJEPAPipeline.save_lora_weights`]; a folder or a Hub
-                repository that holds one, or one of plain peft (`get_peft_model(...).save_pretrained`); or the tensors
-                themselves, in the names of a file.
-            **hub_options: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`; and with
-                tensors `config` and `class_names`.
+            source (`str` or `os.PathLike`): a file of [`~DJEPAPipeline.save_lora_weights`]; or a folder or a Hub
+                repository that holds one, or one of plain peft (`get_peft_model(...).save_pretrained`).
+            **hub_options: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
-            ValueError: if there is no adapter, or it is a pickle file, which could run code.
+            ValueError: if there is no adapter, it is damaged, or it is a pickle file, which could run code.
         """
-        if isinstance(source, dict):
-            config = hub_options.pop("config", None) or _guess_config(source)
-            return cls._of_tensors(source, config, hub_options.pop("class_names", []))
         path = _find(source, **hub_options)
         if path.suffix != ".safetensors":
             raise ValueError(f"{path} is no safetensors file, the only kind that is read: pickle files can run code.")
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
         beside = path.with_name(PEFT_CONFIG)
         if CONFIG_KEY in metadata:
             options = json.loads(metadata[CONFIG_KEY])
             options = {name.removeprefix(f"{PREFIX}."): value for name, value in options.items()}
-            config = LoraConfig(**options)
         elif beside.is_file():
-            config = LoraConfig.from_pretrained(path.parent)
+            options = json.loads(beside.read_text())
         else:
-            config = _guess_config(tensors)
-        return cls._of_tensors(tensors, config, json.loads(metadata.get(CLASSES_KEY, "[]")))
+            raise ValueError(
+                f"{path} does not say how it was made: there is neither `{CONFIG_KEY}` in its metadata, nor "
+                f"{PEFT_CONFIG} beside it."
+            )
+        return cls.of_tensors(tensors, config_of(options), json.loads(metadata.get(CLASSES_KEY, "[]")))
 
     @classmethod
-    def _of_tensors(cls, tensors: dict[str, torch.Tensor], config: LoraConfig, names: list[str]) -> "Adapter":
+    def of_tensors(
+        cls, tensors: dict[str, torch.Tensor], config: LoraConfig, class_names: list[str] | None = None
+    ) -> "Adapter":
+        """
+        An adapter from its tensors, under the names of a file or of `peft.get_peft_model_state_dict`.
+
+        Args:
+            tensors (`dict[str, torch.Tensor]`): the adapter's, and `class_rows` if it brings classes.
+            config ([`~peft.LoraConfig`]): rank, scale and targets, which tensors do not tell.
+            class_names (`list[str]`, *optional*): of the classes.
+
+        Raises:
+            ValueError: if there are no weights of LoRA among them, or rows and names do not match.
+        """
         tensors = {name.removeprefix(PEFT_PREFIX).removeprefix(f"{PREFIX}."): t for name, t in tensors.items()}
-        rows = tensors.pop(CLASS_ROWS, None)
-        if not tensors:
-            raise ValueError("The adapter holds no weights.")
+        rows, names = tensors.pop(CLASS_ROWS, None), class_names or []
+        if not tensors or not all(".lora_" in name for name in tensors):
+            raise ValueError("These are no weights of a LoRA adapter.")
         if len(names) != (0 if rows is None else len(rows)):
             raise ValueError(f"The adapter has {len(names)} class names for {0 if rows is None else len(rows)} rows.")
         return cls(config, tensors, names, rows)
@@ -153,15 +167,11 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
     """LoRA for [`DJEPAPipeline`]: diffusers' methods, and the classes that an adapter brings."""
 
     _lora_loadable_modules = [PREFIX]
-
-    @classmethod
-    def lora_state_dict(cls, source: str | os.PathLike | dict, **hub_options) -> dict[str, torch.Tensor]:
-        """The tensors of an adapter, see [`Adapter.read`], without prefixes."""
-        return Adapter.read(source, **hub_options).weights
+    _hotswap_options: dict[str, Any] | None = None
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
         **hub_options,
@@ -170,7 +180,8 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
         Attaches an adapter and makes it the active one. Classes that it brings are known from then on.
 
         Args:
-            pretrained_model_name_or_path_or_dict, **hub_options: see [`Adapter.read`].
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): a file, folder or id, or tensors.
+            **hub_options: see [`Adapter.read`]; for tensors `config` and `class_names`, see [`Adapter.of_tensors`].
             adapter_name (`str`, *optional*): `default_0`, `default_1` and so on if not given.
             hotswap (`bool`, defaults to `False`): put the weights into the place of the adapter of that name, which
                 must have the same targets and no lower a rank. A compiled pipeline need not be compiled again.
@@ -179,33 +190,38 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
             ValueError: if it cannot be read, belongs to another model, or brings a class that is there already. Nothing
                 is changed then.
         """
-        adapter, model = Adapter.read(pretrained_model_name_or_path_or_dict, **hub_options), self.transformer
+        source, model = pretrained_model_name_or_path_or_dict, self.transformer
+        if isinstance(source, dict):
+            if "config" not in hub_options:
+                raise ValueError("Tensors do not tell rank and scale: pass the adapter's `config`, a peft.LoraConfig.")
+            adapter = Adapter.of_tensors(source, **hub_options)
+        else:
+            adapter = Adapter.read(source, **hub_options)
         attached = list(getattr(model, "peft_config", {}))
+        free = next(f"default_{i}" for i in range(len(attached) + 1) if f"default_{i}" not in attached)
+        name = adapter_name or ("default_0" if hotswap else free)
+        adapter.check_weights(model)
         if hotswap:
-            name = adapter_name or "default_0"
-            check_adapter_names(model, [name])
-            if adapter.class_names != model.added_classes.get(name, []):
-                raise ValueError("An adapter can only be swapped for one that brings the same classes.")
-            adapter.check_weights(model)
-            weights = {  # as the model itself calls them
-                f"{part}.{name}.{kind}": tensor
-                for (part, _, kind), tensor in ((key.rpartition("."), t) for key, t in adapter.weights.items())
-            }
-            try:
-                hotswap_adapter_from_state_dict(model, weights, name, adapter.config)
-            except RuntimeError as error:
-                raise ValueError(f"The adapter cannot take the place of {name!r}, it has other targets.") from error
-            if adapter.class_rows is not None:
-                model.get_input_embeddings().added[name].data.copy_(adapter.class_rows)
-            self._adapters_changed()
+            swap(model, adapter, name)
             return
-        name = adapter_name or next(f"default_{i}" for i in range(len(attached) + 1) if f"default_{i}" not in attached)
         if name in attached:
             raise ValueError(f"There is an adapter {name!r} already: choose another name, or pass `hotswap=True`.")
-        adapter.check_weights(model)
-        model.check_new_classes(adapter.class_names)
         attach(model, adapter, name)
+        if self._hotswap_options is not None and not attached:
+            prepare_model_for_compiled_hotswap(model, config=adapter.config, **self._hotswap_options)
         self.set_adapters(name)
+
+    def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error"):
+        """
+        As in diffusers, before the first adapter is loaded: makes room for ranks up to `target_rank`, so that adapters
+        of other ranks can be swapped in without compiling again.
+
+        Raises:
+            ValueError: if there is an adapter already.
+        """
+        if getattr(self.transformer, "peft_config", None):
+            raise ValueError("`enable_lora_hotswap` comes before the first adapter is loaded.")
+        self._hotswap_options = {"target_rank": target_rank, "check_compiled": check_compiled}
 
     def save_lora_weights(
         self, save_directory: str | os.PathLike, adapter_name: str | None = None, weight_name: str = WEIGHT_NAME
@@ -245,17 +261,14 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         check_adapter_names(self.transformer, names)
         super().set_adapters(names, adapter_weights)
-        self._adapters_changed()
 
     def fuse_lora(self, components: list[str] = [PREFIX], **options):
         """As in diffusers: adds the active adapters to the weights themselves, which makes them as fast as without."""
         super().fuse_lora(components, **options)
-        self._adapters_changed()
 
     def unfuse_lora(self, components: list[str] = [PREFIX], **options):
         """As in diffusers: takes [`~DJEPAPipeline.fuse_lora`] back."""
         super().unfuse_lora(components, **options)
-        self._adapters_changed()
 
     def delete_adapters(self, adapter_names: list[str] | str):
         """
@@ -266,45 +279,80 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         check_adapter_names(self.transformer, names)
-        if len(names) == len(self.transformer.peft_config):
-            self.unload_lora_weights()
-            return
-        super().delete_adapters(names)
         for name in names:
-            self.transformer.remove_classes(name)
-        self._adapters_changed()
+            remove_adapter(self.transformer, name)
 
     def unload_lora_weights(self):
         """Takes all adapters and their classes away. Fused ones stay in the weights, as in diffusers."""
-        super().unload_lora_weights()
-        for name in list(self.transformer.added_classes):
-            self.transformer.remove_classes(name)
-        self._adapters_changed()
+        for name in list(getattr(self.transformer, "peft_config", {})):
+            remove_adapter(self.transformer, name)
 
     @contextmanager
     def _lora_scaled(self, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
         """Within, adapters work with the `scale` of a call."""
         scale = (attention_kwargs or {}).get("scale", 1.0)
-        if scale == 1.0 or not getattr(self.transformer, "peft_config", None):
-            yield
-            return
-        scale_lora_layers(self.transformer, scale)
+        layers = [module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer)]
+        before = [dict(layer.scaling) for layer in layers]
+        for layer in layers:
+            layer.scaling.update({name: scale * layer.scaling[name] for name in layer.active_adapters})
         try:
             yield
         finally:
-            unscale_lora_layers(self.transformer, scale)
-
-    def _adapters_changed(self):
-        if self._graphs is not None:  # they have played the old ones
-            self._graphs.clear()
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling.update(scaling)
 
 
 def attach(model: nn.Module, adapter: Adapter, name: str):
-    """Adds an adapter to a [`DJEPAModel`], with its classes, and leaves training to others."""
+    """
+    Adds an adapter to a [`DJEPAModel`], with its classes.
+
+    Raises:
+        ValueError: if it does not fit; nothing is changed then.
+    """
+    model.check_new_classes(adapter.class_names)
     add_adapter(model, adapter.config, name)
-    set_peft_model_state_dict(model, adapter.weights, adapter_name=name)
+    try:
+        found = set_peft_model_state_dict(model, adapter.weights, adapter_name=name)
+        if found.unexpected_keys:
+            raise ValueError(f"The adapter's targets are not those of its weights, such as {found.unexpected_keys[0]}.")
+    except (RuntimeError, ValueError) as error:
+        remove_adapter(model, name)
+        raise ValueError(f"The adapter does not fit: {error}") from error
     if adapter.class_rows is not None:
         model.add_classes(adapter.class_names, adapter.class_rows, name)
+
+
+def swap(model: nn.Module, adapter: Adapter, name: str):
+    """
+    Puts an adapter into the place of another one that is attached.
+
+    Raises:
+        ValueError: if there is none of that name, or this one has other targets or brings other classes.
+    """
+    check_adapter_names(model, [name])
+    if adapter.class_names != model.added_classes.get(name, []):
+        raise ValueError("An adapter can only be swapped for one that brings the same classes.")
+    weights = {}  # as the model itself calls them
+    for key, tensor in adapter.weights.items():
+        part, _, kind = key.rpartition(".")
+        weights[f"{part}.{name}.{kind}"] = tensor
+    try:
+        hotswap_adapter_from_state_dict(model, weights, name, adapter.config)
+    except RuntimeError as error:
+        raise ValueError(f"The adapter cannot take the place of {name!r}, it has other targets.") from error
+    if adapter.class_rows is not None:
+        model.get_input_embeddings().added[name].data.copy_(adapter.class_rows)
+
+
+def remove_adapter(model: nn.Module, name: str):
+    """Takes an adapter away from a [`DJEPAModel`], the last one with all that peft has put there."""
+    model.remove_classes(name)
+    if list(model.peft_config) == [name]:
+        recurse_remove_peft_layers(model)
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+    else:
+        delete_adapter_layers(model, name)
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, name: str):
@@ -335,15 +383,18 @@ def check_adapter_names(model: nn.Module, names: list[str]):
             raise ValueError(f"There is no adapter {name!r}; attached are {', '.join(attached) or 'none'}.")
 
 
-def _guess_config(tensors: dict[str, torch.Tensor]) -> LoraConfig:
-    """Rank and targets from the tensors alone; the scale is 1 then."""
-    stripped = {name.removeprefix(PEFT_PREFIX).removeprefix(f"{PREFIX}."): t for name, t in tensors.items()}
-    ranks = {t.shape[0] for name, t in stripped.items() if name.endswith("lora_A.weight")}
-    if len(ranks) != 1:
-        raise ValueError(f"These are no weights of a LoRA adapter (ranks found: {sorted(ranks) or 'none'}).")
-    targets = sorted({name.partition(".lora_")[0] for name in stripped if ".lora_" in name})
-    rank = ranks.pop()
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+def config_of(options: dict[str, Any]) -> LoraConfig:
+    """
+    The configuration of an adapter from its file, but for how it began: some ways change the model's own weights.
+    Options of other versions of peft are left out.
+    """
+    known = {field.name for field in fields(LoraConfig)} - {
+        "init_lora_weights",
+        "peft_type",
+        "task_type",
+        "runtime_config",
+    }
+    return LoraConfig(**{name: value for name, value in options.items() if name in known and value is not None})
 
 
 def _find(

@@ -236,12 +236,13 @@ class DJEPAPipeline(DJEPALoraLoaderMixin, PipelineHubMixin, DiffusionPipeline):
         device, model = self._execution_device, self.transformer
         if options.get("backend", "inductor") == "inductor":
             check_compilation(device)
+        # of all pipelines in a process together: beyond it, what is new would run as it is, without a word
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         # not the encoder and the predictor as a whole: one program each for no, one and several visible tokens, and the
         # same again for those that are wanted, would take minutes
         for part in (*model.encoder.layers, *model.predictor.layers, model.denoiser):
             part.compile(**{"dynamic": True, **options})
-        stays = not any(hasattr(module, "_hf_hook") for module in model.modules())
-        self._graphs = CUDAGraphs() if device.type == "cuda" and stays else None
+        self._graphs = CUDAGraphs()
 
     def prepare_latents(
         self,
@@ -464,7 +465,8 @@ class DJEPAPipeline(DJEPALoraLoaderMixin, PipelineHubMixin, DiffusionPipeline):
         num_masked = num_masked_per_step(config.num_tokens, num_inference_steps)
         denoising_steps = num_denoising_steps_per_step(num_denoising_steps, final_denoising_steps, num_inference_steps)
         draw, max_tokens = (temperature, generator), max_rows * config.num_tokens
-        graphs = None if attention_kwargs else self._graphs  # which know adapters as they are
+        stay = not any(hasattr(module, "_hf_hook") for module in self.transformer.modules())
+        graphs = self._graphs if device.type == "cuda" and stay else None  # weights that come and go cannot be played
         denoise = TokenDenoiser(self.transformer.denoiser, self.scheduler_for(solver), *draw, max_tokens, graphs)
         for count in set(denoising_steps):
             denoise.prepare(count)

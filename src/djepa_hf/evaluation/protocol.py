@@ -29,6 +29,14 @@ from .real_images import Reference
 from .scores import check_counts, score
 
 PROTOCOL, RESULT = "protocol.json", "result.json"
+# options of a call that a profile changes
+PROFILED = (
+    "num_inference_steps",
+    "num_denoising_steps",
+    "final_denoising_steps",
+    "solver",
+    "null_refresh_interval",
+)
 
 
 @dataclass
@@ -184,9 +192,13 @@ class Evaluation:
         """What samples depend on, and what figures depend on besides; as JSON will give it back."""
         options = asdict(protocol)
         measured = {"kernel_subset_size": options.pop("kernel_subset_size"), "reference": self.reference.about}
-        solver = options["sampling"].pop("solver", None)
-        expanded = self.pipe.expand_profile(options["sampling"].get("profile", "exact"), solver=solver)
-        scheduler = self.pipe.scheduler_for(expanded["solver"])
+        profile = options["sampling"].pop("profile", "exact")
+        asked = {name: options["sampling"][name] for name in PROFILED if name in options["sampling"]}
+        expanded = self.pipe.expand_profile(
+            profile, **asked
+        )  # what is done, whatever a profile may be in other versions
+        options["sampling"] |= {name: value for name, value in expanded.items() if value is not None}
+        scheduler = self.pipe.scheduler_for(options["sampling"].pop("solver", None))
         if "temperature" not in inspect.signature(scheduler.step).parameters:
             options["sampling"]["temperature"] = None  # it has none
         config = {  # JSON has no infinity
@@ -194,7 +206,7 @@ class Evaluation:
             for name, value in scheduler.config.items()
             if not name.startswith("_")
         }
-        drawn = {**self.about, **options, "solver": _solver_name(scheduler), "scheduler": config}
+        drawn = {**self.about, **options, "profile": profile, "solver": _solver_name(scheduler), "scheduler": config}
         return tuple(json.loads(json.dumps(part, default=str)) for part in (drawn, measured))
 
 
@@ -204,9 +216,9 @@ def _check_drawn_alike(folder: Path, drawn: dict):
         return
     earlier = json.loads(path.read_text())
     earlier, drawn = ({**about, **about["sampling"], "sampling": None} for about in (earlier, drawn))
-    differing = [name for name in drawn if earlier.get(name) != drawn[name]]
+    differing = [name for name in earlier | drawn if earlier.get(name) != drawn.get(name)]
     if differing:
-        lists = "; ".join(f"{name} was {earlier.get(name)}, is {drawn[name]}" for name in differing)
+        lists = "; ".join(f"{name} was {earlier.get(name)}, is {drawn.get(name)}" for name in differing)
         raise ValueError(
             f"{folder} holds samples that were drawn otherwise ({lists}): choose another `output_dir`, or remove it."
         )

@@ -36,7 +36,7 @@ def markdown_table(results: list[dict]) -> str:
     columns = list(dict.fromkeys(name for result in results for name in figures(result)))
     settings = ["guidance_scale", "guidance_schedule", "temperature", "num_inference_steps", "num_denoising_steps"]
     used = {name for result in results for name in result["protocol"]["sampling"]}
-    settings += [name for name in ("final_denoising_steps", "profile", "token_order") if name in used]
+    settings += [name for name in ("final_denoising_steps", "null_refresh_interval", "token_order") if name in used]
     header = ["weights", "solver", *settings, "images", *columns, "images/s"]
     rows = [header, ["---"] * len(header)]
     for result in results:
@@ -60,7 +60,9 @@ def eval_results(result: dict) -> list[EvalResult]:
     if reference.get("split"):
         about |= {"dataset_split": reference["split"]}
     settings = {name: value for name, value in protocol["sampling"].items() if value is not None}
-    settings |= {name: protocol[name] for name in ("solver", "num_images", "labels", "seed", "dtype", "extractor")}
+    settings |= {
+        name: protocol[name] for name in ("profile", "solver", "num_images", "labels", "seed", "dtype", "extractor")
+    }
     return [
         EvalResult(
             **about,

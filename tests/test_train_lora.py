@@ -1,0 +1,141 @@
+"""Fine-tuning with LoRA: what is trained, what is left alone, what comes out, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import train_lora
+from conftest import tiny_pipeline, tiny_pretraining
+from huggingface_hub import ModelCard
+from PIL import Image
+from test_training import command_line
+
+from djepa_hf import DJEPAPipeline
+from djepa_hf.data import load_digits
+from djepa_hf.lora import WEIGHT_NAME, Adapter
+
+OPTIONS = {"max_train_steps": 6, "train_batch_size": 8, "rank": 2, "random_flip": False, "learning_rate": 1e-2}
+OPTIONS |= {"num_inference_steps": 2, "num_denoising_steps": 2, "checkpointing_steps": 3, "lr_warmup_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Folders `zero` and `two`, a dozen digits each."""
+    folder, data = tmp_path_factory.mktemp("images"), load_digits("train")
+    for name, label in (("zero", 0), ("two", 2)):
+        (folder / name).mkdir()
+        for i in [i for i, found in enumerate(data["label"]) if found == label][:12]:
+            data[i]["image"].save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A pipeline that knows `zero`, by another spelling, and not `two`."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    tiny_pipeline(id2label={0: "one", 1: "Zero, nought"}).save_pretrained(folder)
+    return folder
+
+
+def run(output_dir, base, images, **options):
+    options = {**OPTIONS, "pretrained_model_name_or_path": base, "train_data_dir": images, **options}
+    train_lora.main(command_line(output_dir, **options))
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, base, images):
+    return run(tmp_path_factory.mktemp("tuned"), base, images)
+
+
+def test_the_result_is_one_small_file_with_a_card(tuned, base):
+    adapter = Adapter.read(tuned)
+    assert adapter.config.r == 2
+    assert adapter.class_names == ["two"]
+    card = ModelCard.load(tuned / "README.md")
+    assert "lora" in card.data.tags
+    assert "It brings the classes two" in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    found = {}
+    exec(code, found)
+    assert found["image"].size == (8, 8)
+    for name in ("loss.png", "previews/final.png"):
+        with Image.open(tuned / name) as picture:
+            assert picture.width > 100
+    pipe = DJEPAPipeline.from_pretrained(base)
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    pipe.load_lora_weights(tuned)
+    assert pipe.get_label_ids(["nought", "two"]) == [1, 2]
+    pipe.unload_lora_weights()
+    assert all(torch.equal(before[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
+
+
+def test_the_adapter_and_the_new_row_have_learnt(tuned, base):
+    adapter = Adapter.read(tuned)
+    table = DJEPAPipeline.from_pretrained(base).transformer.get_input_embeddings()
+    assert not torch.allclose(adapter.class_rows[0], table.weight[-1], atol=1e-3)  # where it began
+    changed = [name for name, tensor in adapter.weights.items() if "lora_B" in name and tensor.abs().max() > 0]
+    assert len(changed) == len(adapter.weights) // 2
+    assert {name.split(".")[0] for name in changed} == {"encoder", "predictor", "denoiser"}
+
+
+def test_resuming_continues_as_if_nothing_had_happened(tuned, base, images, tmp_path):
+    assert sorted(path.name for path in (tuned / "checkpoint-3").glob("*.safetensors")) == [WEIGHT_NAME]
+    shutil.copytree(tuned / "checkpoint-3", tmp_path / "checkpoint-3")
+    run(tmp_path, base, images, resume_from_checkpoint="latest")
+    expected, resumed = Adapter.read(tuned), Adapter.read(tmp_path)
+    assert torch.equal(resumed.class_rows, expected.class_rows)
+    for name, tensor in expected.weights.items():
+        assert torch.equal(resumed.weights[name], tensor), name
+
+
+def test_checkpoints_bring_the_prediction_loss(images, tmp_path):
+    model = tiny_pretraining(id2label={0: "zero", 1: "two"})
+    model.save_pretrained(tmp_path / "base")
+    options = {"resolution": 8, "use_dora": True, "target_modules": "qkv"}
+    run(tmp_path / "out", tmp_path / "base", images, **options)
+    history = torch.load(tmp_path / "out" / "checkpoint-6" / "custom_checkpoint_0.pkl", weights_only=True)
+    assert all(loss > 0 for loss in history["losses"]["prediction_loss"])
+    adapter = Adapter.read(tmp_path / "out")
+    assert adapter.config.use_dora
+    assert adapter.class_names == []
+    assert {name.split(".lora_")[0].split(".")[-1] for name in adapter.weights} == {"qkv"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "`rank` must be at least 1, got 0"),
+        ({"lora_dropout": 1.0}, r"`lora_dropout` must lie in \[0, 1\), got 1.0"),
+        ({"target_modules": "to_q"}, "match no layer. Linear layers are called .*qkv"),
+        ({"push_to_hub": True}, "`push_to_hub` needs `hub_model_id`"),
+        ({"train_data_dir": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_options_are_refused_before_training(base, images, tmp_path, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(tmp_path / "out", base, images, **options)
+    assert not list(tmp_path.glob("out/checkpoint-*"))
+
+
+def test_an_empty_folder_is_refused(base, tmp_path):
+    (tmp_path / "images" / "two").mkdir(parents=True)
+    with pytest.raises((ValueError, FileNotFoundError), match="image"):
+        run(tmp_path / "out", base, tmp_path / "images")
+
+
+def test_the_comparison_on_digits_runs(tmp_path, monkeypatch, capsys):
+    import lora_on_digits
+
+    argv = ["--output_dir", str(tmp_path), "--base_steps", "4", "--style_steps", "2", "--class_steps", "2"]
+    command_line(tmp_path)
+    monkeypatch.setattr(lora_on_digits, "SAMPLING", {"num_inference_steps": 2, "num_denoising_steps": 2})
+    lora_on_digits.main([*argv, "--num_images", "40", "--rank", "2"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result) == {"base", "style", "classes"}
+    assert result["classes"]["images"] == 60
+    assert 0 < result["style"]["share of the base"] < 0.05
+    with Image.open(tmp_path / "before_and_after.png") as picture:
+        assert picture.width > 900
