@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import train
 import train_lora
+import yaml
 from PIL import Image, ImageOps
 
 from djepa_hf import DJEPAPipeline
@@ -98,29 +99,15 @@ def main(argv: list[str] | None = None):
     write_folders(folder / "images", args)
     common = ["--seed", str(args.seed), "--random_flip", "false"]
     if not (base / "model_index.json").is_file():
-        options = [
-            "--config",
-            str(CONFIG),
-            "--train_data_dir",
-            str(folder / "images" / "base"),
-            "--output_dir",
-            str(base),
-        ]
-        train.main([*options, "--dataset_name", "", "--max_train_steps", str(args.base_steps), *common])
+        options = {**yaml.safe_load(CONFIG.read_text()), "output_dir": base, "max_train_steps": args.base_steps}
+        options |= {"dataset_name": None, "train_data_dir": folder / "images" / "base"}
+        train.main([*words(options), *common])
     for place, images, steps in ((style, "inverted", args.style_steps), (classes, "new", args.class_steps)):
         if not (place / WEIGHT_NAME).is_file():
-            options = [
-                "--pretrained_model_name_or_path",
-                str(base),
-                "--output_dir",
-                str(place),
-                "--rank",
-                str(args.rank),
-            ]
-            options += ["--train_data_dir", str(folder / "images" / images), "--max_train_steps", str(steps)]
-            options += ["--learning_rate", "2e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"]
-            options += [word for name, value in SAMPLING.items() for word in (f"--{name}", str(value))]
-            train_lora.main([*options, "--train_batch_size", "60", *common])
+            options = {"pretrained_model_name_or_path": base, "output_dir": place, "rank": args.rank, **SAMPLING}
+            options |= {"train_data_dir": folder / "images" / images, "max_train_steps": steps, "learning_rate": 2e-3}
+            options |= {"lr_scheduler": "cosine", "lr_warmup_steps": 20, "train_batch_size": 60}
+            train_lora.main([*words(options), *common])
 
     pipe = DJEPAPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
@@ -150,6 +137,12 @@ def main(argv: list[str] | None = None):
     write_json(folder / "result.json", result)
     side_by_side(grids).save(folder / "before_and_after.png")
     print(json.dumps(result, indent=2))
+
+
+def words(options: dict) -> list[str]:
+    """Options as a command line."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return [str(word) for name, value in given.items() for word in (f"--{name}", value)]
 
 
 def side_by_side(pictures: list[Image.Image], gap: int = 24) -> Image.Image:

@@ -343,7 +343,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(pipe, tmp_path):
     other = {"weight": torch.zeros(2)}
     refuses("These are no weights of a LoRA adapter", other, config=LoraConfig())
     refuses("There is no adapter 'nobody/nothing', neither here nor on the Hub", "nobody/nothing")
-    refuses("There is no adapter 'style'; attached are none", tmp_path / "torn", adapter_name="style", hotswap=True)
+    adapter().write(tmp_path / "good")
+    refuses("There is no adapter 'style'; attached are none", tmp_path / "good", adapter_name="style", hotswap=True)
 
 
 def test_unknown_adapters_and_targets_are_named(pipe, file):
