@@ -41,9 +41,10 @@ class LoraOnDigitsArguments:
     output_dir: str = option("outputs/lora_on_digits", "Where everything goes.")
     base_steps: int = option(1400, "Of the base.")
     style_steps: int = option(600, "Of the adapter for inverted digits.")
-    class_steps: int = option(600, "Of the adapter for new classes.")
+    class_steps: int = option(800, "Of the adapter for new classes.")
     style_images: int = option(8, "Inverted examples of each of the eight classes.")
     class_images: int = option(30, "Examples of each new class.")
+    prior_images: int = option(120, "Of old classes, which the base draws so that it does not forget them.")
     rank: int = option(8, "Of both adapters.")
     num_images: int = option(1000, "Images that the judges see each time.")
     seed: int = option(0, "Of everything.")
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None):
             options = {"pretrained_model_name_or_path": base, "output_dir": place, "rank": args.rank, **SAMPLING}
             options |= {"train_data_dir": folder / "images" / images, "max_train_steps": steps, "learning_rate": 2e-3}
             options |= {"lr_scheduler": "cosine", "lr_warmup_steps": 20, "train_batch_size": 60}
+            options["num_prior_images"] = args.prior_images if images == "new" else 0
             train_lora.main([*words(options), *common])
 
     pipe = DJEPAPipeline.from_pretrained(base)

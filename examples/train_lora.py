@@ -12,18 +12,25 @@ card and samples: `pipe.load_lora_weights("outputs/my_lora")`.
 The losses are those of training. Targets come from the base's encoder, which is frozen. The prediction loss needs the
 prediction head that the base was trained with: checkpoints and official files bring it, published pipelines do not, and
 are tuned by the denoising loss alone. There is no moving average: what is trained is what is saved.
+
+An adapter is at work for all classes. Where old ones shall stay as they are, `--num_prior_images` has the base draw
+images of them first, which are trained on besides.
 """
 
 import copy
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 from huggingface_hub import create_repo, upload_folder
 from peft import LoraConfig
+from peft.utils import set_peft_model_state_dict
+from tqdm.auto import tqdm
 from train import Run, is_hub_id, prepare, preview, recipe, show_plan, train
 
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAPipeline
@@ -33,10 +40,12 @@ from djepa_hf.hub import check_token
 from djepa_hf.loading import OFFICIAL_SUFFIXES, load_for_training
 from djepa_hf.lora import DEFAULT_TARGETS, WEIGHT_NAME, Adapter, add_adapter
 from djepa_hf.model_card import create_lora_card
+from djepa_hf.seeds import seed_of
 from djepa_hf.training_data import TrainingData
 from djepa_hf.visualization import plot_losses
 
 ADAPTER = "default"
+DRAWN, PRIOR_BATCH = "prior_images.txt", 64
 
 
 @dataclass
@@ -52,6 +61,9 @@ class LoraArguments:
     target_modules: list[str] = option([], "Names of layers; attention and MLPs of all three networks if not given.")
     use_rslora: bool = option(False, "Scale by the root of the rank (rsLoRA).")
     use_dora: bool = option(False, "Train the weights' lengths apart from their directions (DoRA).")
+    num_prior_images: int = option(
+        0, "Images of its own classes that the base draws first, to train on besides: it forgets them otherwise."
+    )
     push_to_hub: bool = option(False, "Upload the result.")
     hub_model_id: str | None = option(None, "To where, as owner/name.")
 
@@ -62,6 +74,8 @@ class LoraArguments:
             raise ValueError(f"`rank` must be at least 1, got {self.rank}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must lie in [0, 1), got {self.lora_dropout}.")
+        if self.num_prior_images < 0:
+            raise ValueError(f"`num_prior_images` must not be negative, got {self.num_prior_images}.")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("`push_to_hub` needs `hub_model_id`.")
 
@@ -122,10 +136,7 @@ class LoraRun(Run):
 
     def _load_adapter(self, models: list, folder: str):
         models.clear()
-        saved = Adapter.read(folder)
-        model = self.online.djepa
-        from peft.utils import set_peft_model_state_dict
-
+        saved, model = Adapter.read(folder), self.online.djepa
         set_peft_model_state_dict(model, saved.weights, adapter_name=ADAPTER)
         if saved.class_rows is not None:
             model.get_input_embeddings().added[ADAPTER].data.copy_(saved.class_rows)
@@ -184,6 +195,40 @@ def fit_to_base(args: LoraArguments, data_args: DataArguments):
     data_args.resolution = [stride * side for side in shape]
 
 
+def draw_prior_images(args: LoraArguments, data_args: DataArguments, run_args: TrainingArguments, options: dict):
+    """
+    Puts the training images and some that the base draws of its own classes into one folder, `images` in the output
+    folder, which is trained on then (prior preservation, as in DreamBooth, arXiv 2208.12242).
+    """
+    base, folder = args.pretrained_model_name_or_path, Path(run_args.output_dir) / "images"
+    if data_args.train_data_dir is None or brings_head(base):
+        raise ValueError("`num_prior_images` needs a pipeline as the base, and images in `train_data_dir`.")
+    data_args.train_data_dir, source = str(folder), data_args.train_data_dir
+    with PartialState().local_main_process_first():
+        about = f"{args.num_prior_images} images drawn by {base}, seed {run_args.seed}, {options}, for {source}\n"
+        done = folder.with_name(DRAWN)
+        if done.is_file() and done.read_text() == about:
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
+        shutil.copytree(source, folder)
+        pipe = DJEPAPipeline.from_pretrained(base).to(PartialState().device)
+        pipe.set_progress_bar_config(disable=True)
+        own = pipe.transformer.config.id2label
+        given = class_names(pipe.transformer.config, [path.name for path in Path(source).iterdir() if path.is_dir()])
+        others = [i for i, name in own.items() if name not in given]
+        for start in tqdm(range(0, args.num_prior_images, PRIOR_BATCH), desc="drawing prior images", unit="batch"):
+            numbers = range(start, min(start + PRIOR_BATCH, args.num_prior_images))
+            seeds = [torch.Generator().manual_seed(seed_of("prior", run_args.seed, number)) for number in numbers]
+            labels = [others[number % len(others)] for number in numbers]
+            for number, label, image in zip(
+                numbers, labels, pipe(labels, generator=seeds, **options).images, strict=True
+            ):
+                place = folder / own[label].split(",")[0].replace("/", " ")
+                place.mkdir(exist_ok=True)
+                image.save(place / f"prior_{number:05d}.png")
+        done.write_text(about)
+
+
 def publish(run: LoraRun, args: LoraArguments):
     """Writes the adapter with a card, samples and loss curves; uploads them, if asked to."""
     run.accelerator.wait_for_everyone()
@@ -220,6 +265,9 @@ def main(argv: list[str] | None = None):
     if lora.push_to_hub:
         check_token(None)
     fit_to_base(lora, data_args)
+    if lora.num_prior_images:
+        tokens = DJEPAConfig.from_pretrained(lora.pretrained_model_name_or_path, subfolder="transformer").num_tokens
+        draw_prior_images(lora, data_args, args, sampling.call_options(tokens))
     run = prepare(lora, data_args, args, sampling, model_with_adapter, LoraRun)
     if args.dry_run:
         show_plan(run)

@@ -218,12 +218,16 @@ def test_failures_are_told_and_survived(model, monkeypatch):
 def test_a_model_that_cannot_be_loaded_is_tried_again(model, tmp_path):
     app = space.App(str(tmp_path / "later"), "cpu", torch.float32)
     app.build()
-    assert len(app.fill()) == len(app.filled)
+    assert len(app.fill()) == 1 + len(app.fields)
     assert "could not be loaded" in app.fill()[0].value
     with pytest.raises(gradio.Error, match=r"The model .*later could not be loaded"):
         app.api_classes()
     (tmp_path / "later").symlink_to(model)
     assert app.api_classes()[3] == "hen"
+    trouble, classes, *others = app.fill()
+    assert not trouble.visible
+    assert classes.choices[3] == ("3 · hen", 3)
+    assert len(others) == len(app.fields) - 1
     app.close()
 
 

@@ -41,7 +41,7 @@ def base(tmp_path_factory):
 
 def run(output_dir, base, images, **options):
     options = {**OPTIONS, "pretrained_model_name_or_path": base, "train_data_dir": images, **options}
-    train_lora.main(command_line(output_dir, **options))
+    train_lora.main(command_line(output_dir, **{name: value for name, value in options.items() if value is not None}))
     return output_dir
 
 
@@ -104,9 +104,25 @@ def test_checkpoints_bring_the_prediction_loss(images, tmp_path):
     assert {name.split(".lora_")[0].split(".")[-1] for name in adapter.weights} == {"qkv"}
 
 
+def test_the_base_may_draw_what_it_shall_not_forget(base, images, tmp_path):
+    run(tmp_path, base, images, num_prior_images=3, max_train_steps=1)
+    drawn = sorted((tmp_path / "images" / "one").iterdir())
+    assert [path.name for path in drawn] == [f"prior_{i:05d}.png" for i in range(3)]  # `zero` is in the data already
+    assert len(list((tmp_path / "images" / "two").iterdir())) == 12
+    with Image.open(drawn[0]) as picture:
+        assert picture.size == (8, 8)
+    before = drawn[0].stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "checkpoint-1", ignore_errors=True)
+    run(tmp_path, base, images, num_prior_images=3, max_train_steps=1)
+    assert drawn[0].stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="`num_prior_images` needs a pipeline as the base, and images in"):
+        run(tmp_path, base, images, num_prior_images=3, train_data_dir=None, dataset_name="digits")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_prior_images": -1}, "`num_prior_images` must not be negative, got -1"),
         ({"rank": 0}, "`rank` must be at least 1, got 0"),
         ({"lora_dropout": 1.0}, r"`lora_dropout` must lie in \[0, 1\), got 1.0"),
         ({"target_modules": "to_q"}, "match no layer. Linear layers are called .*qkv"),

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,24 +92,29 @@ class App:
     def fill(self) -> tuple:
         """Classes and defaults of the model, for the page as it opens; or why there are none."""
         try:
-            studio = self.studio
+            held = self._held(self.studio)
         except gr.Error as error:
-            return (gr.Markdown(f"⚠️ {error.message}", visible=True), *[gr.skip()] * (len(self.filled) - 1))
+            return (gr.Markdown(f"⚠️ {error.message}", visible=True), *[gr.skip()] * len(self.fields))
+        return gr.Markdown(visible=False), *(type(field)(**held[name]) for name, field in self.fields.items())
+
+    def _held(self, studio: Studio) -> dict[str, dict[str, Any]]:
+        """What the fields that depend on the model hold."""
         d, tokens = studio.defaults, studio.config.num_tokens
-        return (
-            gr.Markdown(visible=False),
-            gr.Dropdown(choices=studio.choices, value=[0]),
-            gr.Slider(maximum=tokens, value=d["num_inference_steps"]),
-            gr.Slider(maximum=self.limits.denoising_steps, value=d["num_denoising_steps"]),
-            d["guidance_scale"],
-            d["guidance_schedule"],
-            d["temperature"],
-            gr.Dropdown(choices=[OWN_SOLVER, *studio.solvers], value=d["solver"] or OWN_SOLVER),
-            d["token_order"] or "random",
-            d["profile"],
-            gr.Dropdown(choices=studio.choices, value=0),
-            *grid_values(next(iter(AXES)), studio.defaults, tokens),
-        )
+        down, across = grid_values(next(iter(AXES)), d, tokens)
+        return {
+            "classes": {"choices": studio.choices, "value": [0]},
+            "profile": {"value": d["profile"]},
+            "inference_steps": {"maximum": tokens, "value": d["num_inference_steps"]},
+            "denoising_steps": {"value": d["num_denoising_steps"]},
+            "guidance": {"value": d["guidance_scale"]},
+            "schedule": {"value": d["guidance_schedule"]},
+            "temperature": {"value": d["temperature"]},
+            "solver": {"choices": [OWN_SOLVER, *studio.solvers], "value": d["solver"] or OWN_SOLVER},
+            "order": {"value": d["token_order"] or "random"},
+            "label": {"choices": studio.choices, "value": 0},
+            "down": {"value": down},
+            "across": {"value": across},
+        }
 
     def draw(
         self,
@@ -151,7 +157,7 @@ class App:
         *_, result = self._run(Request(classes, int(images_per_class), int(seed), {"profile": profile}))
         shown = self._finished(result)
         kept = [shown[part] for part in (self.gallery, self.archive, self.animation, self.settings, self.snippet)]
-        return shown[self.status], result.frames[-1], gr.Slider(visible=False), gr.Column(visible=True), *kept
+        return shown[self.status].partition(" Drag")[0], result.frames[-1], *kept
 
     def _begun(self) -> dict:
         return {
@@ -248,30 +254,27 @@ class App:
         with gr.Blocks(title="D-JEPA", analytics_enabled=False, delete_cache=(3600, 3600 * STORED_HOURS)) as page:
             gr.Markdown(INTRODUCTION, elem_id="introduction")
             trouble = gr.Markdown(visible=False, elem_id="trouble")
+            try:
+                held = self._held(self.studio)
+            except gr.Error:  # told, and tried again, when somebody opens the page
+                held = defaultdict(dict)
             with gr.Tab("Generate", id="generate"):
-                inputs = self._build_generate()
+                self.fields = self._build_generate(held)
             with gr.Tab("Explore", id="explore"):
-                explored = self._build_explore()
+                self.fields |= self._build_explore(held)
             with gr.Tab("Use it from a program", id="api"):
                 self._build_api()
-            self.filled = [trouble, *inputs, *explored]
-            page.load(self.fill, None, self.filled, api_visibility="private")
+            if not held:
+                page.load(self.fill, None, [trouble, *self.fields.values()], api_visibility="private")
         page.queue(max_size=32, default_concurrency_limit=RUNS)
         return page
 
-    def _choices(self) -> list[tuple[str, int]]:
-        """The classes, if the model can be loaded already."""
-        try:
-            return self.studio.choices
-        except gr.Error:
-            return []
-
-    def _build_generate(self) -> list:
-        limits, choices = self.limits, self._choices()
+    def _build_generate(self, held: dict[str, dict]) -> dict[str, gr.components.Component]:
+        limits, choices = self.limits, held["classes"].get("choices", [])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 classes = gr.Dropdown(
-                    choices,
+                    **held["classes"],
                     label="Classes",
                     info="Type a name or a number; several are fine.",
                     multiselect=True,
@@ -283,19 +286,23 @@ class App:
                     dice = gr.Button("⚄ Another", elem_id="dice", min_width=100)
                 profile = gr.Radio(
                     list(PROFILES),
-                    value="exact",
+                    **{"value": "exact", **held["profile"]},
                     label="Profile",
                     info="How much of the work is really done: hardly a difference to be seen, but to be felt.",
                     elem_id="profile",
                 )
                 with gr.Accordion("All options", open=False, elem_id="options"):
-                    inference_steps = gr.Slider(1, 64, 16, step=1, label="Autoregressive steps")
-                    denoising_steps = gr.Slider(1, limits.denoising_steps, 25, step=1, label="Denoising steps")
-                    guidance = gr.Slider(0, 10, 1, step=0.05, label="Guidance", info="1 does without.")
-                    schedule = gr.Radio(list(GUIDANCE_SCHEDULES), value="linear", label="Guidance schedule")
-                    temperature = gr.Slider(0, 1.5, 1, step=0.01, label="Temperature")
-                    solver = gr.Dropdown([OWN_SOLVER], value=OWN_SOLVER, label="Solver")
-                    order = gr.Radio(list(TOKEN_ORDERS), value="random", label="Token order")
+                    inference_steps = gr.Slider(
+                        1, **{"maximum": 64, **held["inference_steps"]}, step=1, label="Autoregressive steps"
+                    )
+                    denoising_steps = gr.Slider(
+                        1, limits.denoising_steps, **held["denoising_steps"], step=1, label="Denoising steps"
+                    )
+                    guidance = gr.Slider(0, 10, **held["guidance"], step=0.05, label="Guidance", info="1 does without.")
+                    schedule = gr.Radio(list(GUIDANCE_SCHEDULES), **held["schedule"], label="Guidance schedule")
+                    temperature = gr.Slider(0, 1.5, **held["temperature"], step=0.01, label="Temperature")
+                    solver = gr.Dropdown(**held["solver"], label="Solver")
+                    order = gr.Radio(list(TOKEN_ORDERS), **held["order"], label="Token order")
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go")
                     self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
@@ -333,13 +340,19 @@ class App:
                         self.settings = gr.Code(language="json", label="Settings", elem_id="settings")
         if choices:
             last, kept = len(choices) - 1, [self.archive, self.animation, self.settings, self.snippet]
-            gr.Examples(
+            examples = gr.Examples(
                 [[[0], 4, 0, "fast"], [[last, 0], 4, 7, "balanced"]],
                 [classes, count, seed, profile],
-                [self.status, self.live, self.scrub, self.results, self.gallery, *kept],
+                [self.status, self.live, self.gallery, *kept],
                 self.draw_example,
                 cache_examples=True,
                 cache_mode="lazy",
+                api_visibility="private",
+            )
+            examples.load_input_event.then(
+                lambda: (gr.Slider(visible=False), gr.Column(visible=True)),
+                None,
+                [self.scrub, self.results],
                 api_visibility="private",
             )
         options = [inference_steps, denoising_steps, guidance, schedule, temperature, solver, order]
@@ -373,21 +386,22 @@ class App:
             queue=False,
             api_visibility="private",
         )
-        return [classes, *options, profile]
+        names = ("inference_steps", "denoising_steps", "guidance", "schedule", "temperature", "solver", "order")
+        return {"classes": classes, "profile": profile, **dict(zip(names, options, strict=True))}
 
     @staticmethod
     def _stopped() -> tuple:
         return "Stopped; nothing was kept.", gr.Button(interactive=False)
 
-    def _build_explore(self) -> list:
+    def _build_explore(self, held: dict[str, dict]) -> dict[str, gr.components.Component]:
         gr.Markdown("One class, one seed, two options.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                label = gr.Dropdown(self._choices(), label="Class", elem_id="explore_class")
+                label = gr.Dropdown(**held["label"], label="Class", elem_id="explore_class")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="explore_seed")
                 axes = gr.Radio(list(AXES), value=next(iter(AXES)), label="Options", elem_id="axes")
-                down = gr.Textbox(label="Values downwards", elem_id="down")
-                across = gr.Textbox(label="Values across", elem_id="across")
+                down = gr.Textbox(**held["down"], label="Values downwards", elem_id="down")
+                across = gr.Textbox(**held["across"], label="Values across", elem_id="across")
                 with gr.Row():
                     go = gr.Button("Explore", variant="primary", elem_id="explore_go")
                     self.explore_cancel = gr.Button("Cancel", variant="stop", interactive=False)
@@ -427,7 +441,7 @@ class App:
             [down, across],
             api_visibility="private",
         )
-        return [label, down, across]
+        return {"label": label, "down": down, "across": across}
 
     def _build_api(self):
         gr.Markdown((HERE / "README.md").read_text().partition(PROGRAM_HEADING)[2])

@@ -39,6 +39,7 @@ _TYPES = {
 }
 OPTIONS = {name: inspect.signature(DJEPAPipeline.__call__).parameters[name].default for name in _TYPES}
 RUNS = 2  # at once
+THREADS = torch.get_num_threads()  # which another thread does not know by itself, and rounds otherwise with
 FRAMES = 24  # pictures on the way, at most
 SHEET_SIZE = 640  # pixels along the longer side of a sheet of pictures, at least
 AXES = {
@@ -246,6 +247,7 @@ class Studio:
             return tensors
 
         def work():
+            torch.set_num_threads(THREADS)
             try:
                 seeds = [torch.Generator().manual_seed(request.seed + i) for i in range(len(ids))]
                 watched = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": ["latents", "mask"]}
