@@ -112,6 +112,7 @@ class PipelineHubMixin:
             self_contained = brings_its_code(self) or (Path(save_directory) / "pipeline.py").exists()
         if self_contained:
             check_code(self)
+        self._check_adapters_can_be_saved()
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         self._save_adapters(save_directory)
         if variant is not None:

@@ -1,5 +1,6 @@
 """LoRA adapters: their files, and the methods of a pipeline that diffusers' users know."""
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -57,10 +58,13 @@ class Adapter:
             ValueError: if there is none of that name.
         """
         check_adapter_names(model, [name])
-        weights = get_peft_model_state_dict(model, adapter_name=name)
+        weights, config = get_peft_model_state_dict(model, adapter_name=name), model.peft_config[name]
+        if not config.rank_pattern:  # without the room that was made for other ranks
+            weights = {key: tensor[: config.r] if ".lora_A." in key else tensor for key, tensor in weights.items()}
+            weights = {key: tensor[:, : config.r] if ".lora_B." in key else tensor for key, tensor in weights.items()}
         table = model.get_input_embeddings()
         rows = table.added[name].detach() if name in table.added else None
-        return cls(model.peft_config[name], weights, model.added_classes.get(name, []), rows)
+        return cls(config, weights, model.added_classes.get(name, []), rows)
 
     @classmethod
     def read(cls, source: str | os.PathLike, **hub_options) -> "Adapter":
@@ -168,6 +172,7 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
 
     _lora_loadable_modules = [PREFIX]
     _hotswap_options: dict[str, Any] | None = None
+    _scaling_before_fusing: dict[str, dict] = {}
 
     def load_lora_weights(
         self,
@@ -208,7 +213,8 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
             raise ValueError(f"There is an adapter {name!r} already: choose another name, or pass `hotswap=True`.")
         attach(model, adapter, name)
         if self._hotswap_options is not None and not attached:
-            prepare_model_for_compiled_hotswap(model, config=adapter.config, **self._hotswap_options)
+            padded = copy.deepcopy(adapter.config)  # the model's own one goes on saying what the adapter is
+            prepare_model_for_compiled_hotswap(model, config=padded, **self._hotswap_options)
         self.set_adapters(name)
 
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error"):
@@ -245,6 +251,14 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
             raise ValueError(f"Say which adapter to save with `adapter_name`: there are {attached or 'none'}.")
         return Adapter.of_model(self.transformer, adapter_name or attached[0]).write(save_directory, weight_name)
 
+    def _check_adapters_can_be_saved(self):
+        """Raises a `ValueError` if the classes of a fused adapter would be lost."""
+        lost = sorted(name for name in self.fused_loras if name in self.transformer.added_classes)
+        if lost:
+            raise ValueError(
+                f"The fused adapter {lost[0]!r} brings classes, which would be lost: `unfuse_lora()` first."
+            )
+
     def _save_adapters(self, folder: str | os.PathLike):
         """Writes all adapters beside the weights of a saved pipeline, but for fused ones, which are part of these."""
         names = [name for name in getattr(self.transformer, "peft_config", {}) if name not in self.fused_loras]
@@ -263,16 +277,26 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
         super().set_adapters(names, adapter_weights)
 
     def fuse_lora(self, components: list[str] = [PREFIX], **options):
-        """As in diffusers: adds the active adapters to the weights themselves, which makes them as fast as without."""
+        """
+        As in diffusers: adds the active adapters, or those of `adapter_names`, to the weights themselves, which makes
+        them as fast as without.
+
+        Raises:
+            ValueError: if one is not attached.
+        """
+        check_adapter_names(self.transformer, options.get("adapter_names") or [])
+        self._scaling_before_fusing = scaling_of(self.transformer)
         super().fuse_lora(components, **options)
 
     def unfuse_lora(self, components: list[str] = [PREFIX], **options):
         """As in diffusers: takes [`~DJEPAPipeline.fuse_lora`] back."""
         super().unfuse_lora(components, **options)
+        set_scaling(self.transformer, self._scaling_before_fusing)
+        self._scaling_before_fusing = {}
 
     def delete_adapters(self, adapter_names: list[str] | str):
         """
-        Takes adapters away, and the classes that they brought.
+        Takes adapters away, and the classes that they brought. Fused ones stay in the weights, as in diffusers.
 
         Raises:
             ValueError: if one is not attached.
@@ -281,25 +305,24 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
         check_adapter_names(self.transformer, names)
         for name in names:
             remove_adapter(self.transformer, name)
+        self._merged_adapters = self._merged_adapters - set(names)
 
     def unload_lora_weights(self):
         """Takes all adapters and their classes away. Fused ones stay in the weights, as in diffusers."""
-        for name in list(getattr(self.transformer, "peft_config", {})):
-            remove_adapter(self.transformer, name)
+        self.delete_adapters(list(getattr(self.transformer, "peft_config", {})))
 
     @contextmanager
     def _lora_scaled(self, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
         """Within, adapters work with the `scale` of a call."""
         scale = (attention_kwargs or {}).get("scale", 1.0)
-        layers = [module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer)]
-        before = [dict(layer.scaling) for layer in layers]
-        for layer in layers:
-            layer.scaling.update({name: scale * layer.scaling[name] for name in layer.active_adapters})
+        before = scaling_of(self.transformer)
+        for layer in tuner_layers(self.transformer).values():
+            at_work = [name for name in layer.active_adapters if name in layer.scaling]
+            layer.scaling.update({name: scale * layer.scaling[name] for name in at_work})
         try:
             yield
         finally:
-            for layer, scaling in zip(layers, before, strict=True):
-                layer.scaling.update(scaling)
+            set_scaling(self.transformer, before)
 
 
 def attach(model: nn.Module, adapter: Adapter, name: str):
@@ -310,13 +333,18 @@ def attach(model: nn.Module, adapter: Adapter, name: str):
         ValueError: if it does not fit; nothing is changed then.
     """
     model.check_new_classes(adapter.class_names)
+    active, scaling = active_adapters_of(model), scaling_of(model)
     add_adapter(model, adapter.config, name)
     try:
-        found = set_peft_model_state_dict(model, adapter.weights, adapter_name=name)
-        if found.unexpected_keys:
-            raise ValueError(f"The adapter's targets are not those of its weights, such as {found.unexpected_keys[0]}.")
+        targets = set(get_peft_model_state_dict(model, adapter_name=name))
+        if odd := sorted(targets ^ set(adapter.weights)):
+            raise ValueError(f"The adapter's targets are not those of its weights, see {odd[0]}.")
+        set_peft_model_state_dict(model, adapter.weights, adapter_name=name)
     except (RuntimeError, ValueError) as error:
         remove_adapter(model, name)
+        for part, names in active.items():
+            model.get_submodule(part).set_adapter(names)
+        set_scaling(model, scaling)
         raise ValueError(f"The adapter does not fit: {error}") from error
     if adapter.class_rows is not None:
         model.add_classes(adapter.class_names, adapter.class_rows, name)
@@ -330,6 +358,8 @@ def swap(model: nn.Module, adapter: Adapter, name: str):
         ValueError: if there is none of that name, or this one has other targets or brings other classes.
     """
     check_adapter_names(model, [name])
+    if adapter.config.use_dora or model.peft_config[name].use_dora:
+        raise ValueError("Adapters with DoRA cannot be swapped: delete the one, and load the other.")
     if adapter.class_names != model.added_classes.get(name, []):
         raise ValueError("An adapter can only be swapped for one that brings the same classes.")
     weights = {}  # as the model itself calls them
@@ -340,6 +370,10 @@ def swap(model: nn.Module, adapter: Adapter, name: str):
         hotswap_adapter_from_state_dict(model, weights, name, adapter.config)
     except RuntimeError as error:
         raise ValueError(f"The adapter cannot take the place of {name!r}, it has other targets.") from error
+    model.peft_config[name] = adapter.config  # by which it is saved; the layers' own numbers are for `set_adapters`
+    for layer in (layer for layer in tuner_layers(model).values() if name in layer.scaling):
+        layer.r[name], layer.lora_alpha[name] = adapter.config.r, adapter.config.lora_alpha
+        layer.use_rslora[name] = adapter.config.use_rslora
     if adapter.class_rows is not None:
         model.get_input_embeddings().added[name].data.copy_(adapter.class_rows)
 
@@ -357,22 +391,54 @@ def remove_adapter(model: nn.Module, name: str):
 
 def add_adapter(model: nn.Module, config: LoraConfig, name: str):
     """
-    Adds a fresh adapter, which changes nothing yet, to a [`DJEPAModel`].
+    Adds a fresh adapter, which changes nothing yet, to a [`DJEPAModel`]. Its weights can be trained; for all others that
+    stays as it is.
 
     Raises:
-        ValueError: if its targets match no layer; those that there are are listed.
+        ValueError: if its targets match no layer (those that there are are listed), or the name has a dot.
     """
+    if "." in name:
+        raise ValueError(f"The name of an adapter must not have a dot, got {name!r}.")
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         inject_adapter_in_model(config, model, name)
     except ValueError as error:
+        getattr(model, "peft_config", {}).pop(name, None)
+        if getattr(model, "peft_config", None) == {}:
+            del model.peft_config
         if "arget module" not in str(error):
             raise
         layers = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
         raise ValueError(
             f"`target_modules` {config.target_modules!r} match no layer. Linear layers are called {', '.join(layers)}."
         ) from error
+    finally:
+        for parameter, is_trainable in trainable.items():
+            parameter.requires_grad_(is_trainable)
     model._hf_peft_config_loaded = True
     model.train(model.training)  # what was added begins in training mode
+
+
+def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers that adapters have been added to, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def active_adapters_of(model: nn.Module) -> dict[str, list[str]]:
+    """The adapters at work in each of these layers."""
+    return {name: list(layer.active_adapters) for name, layer in tuner_layers(model).items()}
+
+
+def scaling_of(model: nn.Module) -> dict[str, dict[str, float]]:
+    """How strongly each adapter works in each of these layers."""
+    return {name: dict(layer.scaling) for name, layer in tuner_layers(model).items()}
+
+
+def set_scaling(model: nn.Module, scaling: dict[str, dict[str, float]]):
+    """Goes back to what [`scaling_of`] said, for the adapters that are still there."""
+    for name, layer in tuner_layers(model).items():
+        before = scaling.get(name, {})
+        layer.scaling.update({adapter: value for adapter, value in before.items() if adapter in layer.scaling})
 
 
 def check_adapter_names(model: nn.Module, names: list[str]):
@@ -412,15 +478,22 @@ def _find(
                 return folder / name
         if found := sorted(path.name for path in folder.glob("*.bin")):
             raise ValueError(f"{folder} holds {found[0]}: pickle files can run code, and are not read.")
-        raise ValueError(f"There is no adapter in {folder}: neither {' nor '.join(names)}.")
+        others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
+        hint = f" There are {others}: choose one with `weight_name`." if others else ""
+        raise ValueError(f"There is no adapter in {folder}: neither {' nor '.join(names)}.{hint}")
+    problem = None
     for name in names:
         try:
             path = Path(hf_hub_download(str(source), name, subfolder=subfolder, **hub_options))
-        except RemoteEntryNotFoundError:
-            continue
+            if name == PEFT_WEIGHTS:
+                hf_hub_download(str(source), PEFT_CONFIG, subfolder=subfolder, **hub_options)
+            return path
+        except EntryNotFoundError as error:  # or there is no network, and it is not in the cache
+            problem = error
         except (OSError, HfHubHTTPError, HFValidationError) as error:
-            raise ValueError(f"There is no adapter {str(source)!r}, neither here nor on the Hub: {error}") from error
-        if name == PEFT_WEIGHTS:
-            hf_hub_download(str(source), PEFT_CONFIG, subfolder=subfolder, **hub_options)
-        return path
-    raise ValueError(f"There is no adapter in {source}: neither {' nor '.join(names)}.")
+            problem = error
+            break
+    raise ValueError(
+        f"There is no adapter {str(source)!r}, neither here nor on the Hub, where {' or '.join(names)} was looked for: "
+        f"{problem}"
+    ) from problem
