@@ -135,6 +135,10 @@ class Run:
         """The model's ids of classes of the data."""
         return labels
 
+    def preview_labels(self) -> list[int]:
+        """The classes to show."""
+        return list(range(min(PREVIEW_CLASSES, self.online.config.num_labels)))
+
     def update_average(self, decay: float):
         """One step of the moving average."""
         update_average(self.accelerator, self.online, decay)
@@ -215,7 +219,7 @@ def prepare(
     if vae is not None:
         vae.to(accelerator.device)
     settings = {name: getattr(args, name) for name in KEPT_SETTINGS}
-    settings |= {"images per step": global_batch, "data": data.source}
+    settings |= {"images per step": global_batch, "data": data.source, **getattr(model_args, "kept_settings", {})}
     if data.is_stream:
         settings["processes x workers"] = f"{accelerator.num_processes} x {data.num_workers}"
         settings["images per process and batch"] = args.train_batch_size
@@ -444,16 +448,17 @@ def preview(run: Run, name: str) -> DJEPAPipeline | None:
     if not run.accelerator.is_main_process:
         return None
     config = pipe.transformer.config
-    labels = list(range(min(PREVIEW_CLASSES, config.num_labels)))
+    labels = run.preview_labels()
     options = run.sampling.call_options(config.num_tokens)
     generator = torch.Generator().manual_seed(run.args.seed)
     images = pipe(labels, num_images_per_label=PREVIEW_IMAGES, generator=generator, **options).images
-    rows = [(config.id2label[i], images[i * PREVIEW_IMAGES : (i + 1) * PREVIEW_IMAGES]) for i in labels]
+    starts = range(0, len(images), PREVIEW_IMAGES)
+    rows = [(config.id2label[i], images[j : j + PREVIEW_IMAGES]) for i, j in zip(labels, starts, strict=True)]
     folder = run.output_dir / "previews"
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     labelled_grid(rows).save(folder / name)
-    for i in labels:
-        images[i * PREVIEW_IMAGES].save(folder / "frames" / f"{run.step:08d}-{i:02d}.png")
+    for place, i in enumerate(labels):
+        images[place * PREVIEW_IMAGES].save(folder / "frames" / f"{run.step:08d}-{i:02d}.png")
     film_strip(folder / "frames").save(folder / "film_strip.png")
     return pipe
 

@@ -21,6 +21,7 @@ import copy
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -31,12 +32,13 @@ from huggingface_hub import create_repo, upload_folder
 from peft import LoraConfig
 from peft.utils import set_peft_model_state_dict
 from tqdm.auto import tqdm
-from train import Run, is_hub_id, prepare, preview, recipe, show_plan, train
+from train import PREVIEW_CLASSES, Run, is_hub_id, prepare, preview, recipe, show_plan, train
 
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAPipeline
 from djepa_hf.accounting import num_parameters
 from djepa_hf.arguments import DataArguments, SamplingArguments, TrainingArguments, option, parse_arguments
 from djepa_hf.hub import check_token
+from djepa_hf.labels import find_label_id
 from djepa_hf.loading import OFFICIAL_SUFFIXES, load_for_training
 from djepa_hf.lora import DEFAULT_TARGETS, WEIGHT_NAME, Adapter, add_adapter
 from djepa_hf.model_card import create_lora_card
@@ -46,6 +48,7 @@ from djepa_hf.visualization import plot_losses
 
 ADAPTER = "default"
 DRAWN, PRIOR_BATCH = "prior_images.txt", 64
+PRIOR = "prior-"  # and the class's id: what folders of images that the base drew are called
 
 
 @dataclass
@@ -85,6 +88,12 @@ class LoraArguments:
         return self.pretrained_model_name_or_path
 
     @property
+    def kept_settings(self) -> dict[str, Any]:
+        """What a resumed run must not change."""
+        names = ("pretrained_model_name_or_path", "rank", "lora_alpha", "lora_dropout", "target_modules")
+        return {name: getattr(self, name) for name in (*names, "use_rslora", "use_dora", "num_prior_images")}
+
+    @property
     def config(self) -> LoraConfig:
         """For peft."""
         return LoraConfig(
@@ -104,9 +113,7 @@ class LoraRun(Run):
     def __post_init__(self):
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError("Adapters are small: train them on one GPU or with DDP.")
-        config, names = self.online.djepa.config, self.data.names
-        ids = {name: i for i, name in config.id2label.items()}
-        self._ids = torch.tensor([ids[name] for name in class_names(config, names)])
+        self._ids = torch.tensor(known_ids(self.online.djepa.config, self.data.names))
         self.accelerator.register_save_state_pre_hook(self._save_adapter)
         self.accelerator.register_load_state_pre_hook(self._load_adapter)
 
@@ -115,6 +122,12 @@ class LoraRun(Run):
 
     def update_average(self, decay: float):
         """There is none: the base's encoder gives the targets."""
+
+    def preview_labels(self) -> list[int]:
+        """Of the data, new ones first."""
+        names = zip(self._ids.tolist(), self.data.names, strict=True)
+        own = sorted({i for i, name in names if not name.startswith(PRIOR)}, reverse=True)
+        return own[:PREVIEW_CLASSES]
 
     def pipeline(self) -> DJEPAPipeline:
         return self.pipeline_of(copy.deepcopy(self.online.djepa).eval())
@@ -137,18 +150,35 @@ class LoraRun(Run):
     def _load_adapter(self, models: list, folder: str):
         models.clear()
         saved, model = Adapter.read(folder), self.online.djepa
+        shapes = [{name: tensor.shape for name, tensor in found.weights.items()} for found in (saved, self.adapter)]
+        if shapes[0] != shapes[1] or saved.class_names != self.adapter.class_names:
+            raise ValueError(
+                f"The checkpoint {folder} holds an adapter of another rank, or for other layers or classes."
+            )
         set_peft_model_state_dict(model, saved.weights, adapter_name=ADAPTER)
         if saved.class_rows is not None:
             model.get_input_embeddings().added[ADAPTER].data.copy_(saved.class_rows)
 
 
-def class_names(config: DJEPAConfig, names: list[str]) -> list[str]:
-    """The model's names of classes of the data: a class of the model may be called by any part of its name."""
-    known = {}
-    for name in config.id2label.values():
-        for part in (name, *name.split(", ")):
-            known.setdefault(part.casefold().replace("_", " "), name)
-    return [known.get(name.casefold().replace("_", " "), name) for name in names]
+def known_ids(config: DJEPAConfig, names: list[str]) -> list[int | None]:
+    """
+    The model's id of each class of the data; nothing for new ones.
+
+    Raises:
+        ValueError: if a name is that of several classes.
+    """
+    ids = []
+    for name in names:
+        if name.startswith(PRIOR):
+            ids.append(int(name.removeprefix(PRIOR)))
+            continue
+        try:
+            ids.append(find_label_id(name, config.id2label))
+        except ValueError as error:
+            if not str(error).startswith("Unknown class"):
+                raise
+            ids.append(None)
+    return ids
 
 
 def model_with_adapter(args: LoraArguments, data: TrainingData, vae: AutoencoderKL | None) -> DJEPAForPreTraining:
@@ -159,7 +189,7 @@ def model_with_adapter(args: LoraArguments, data: TrainingData, vae: Autoencoder
     model = load_for_training(base, options)
     model.djepa.load_state_dict(model.target.state_dict())  # what is published, and sampled from
     model.requires_grad_(False)
-    new = [name for name in class_names(model.config, data.names) if name not in model.config.id2label.values()]
+    new = [name for name, i in zip(data.names, known_ids(model.config, data.names), strict=True) if i is None]
     model.target.config = copy.deepcopy(model.config)
     if new:
         model.target.add_classes(new)  # to the base they are no class in particular
@@ -195,7 +225,9 @@ def fit_to_base(args: LoraArguments, data_args: DataArguments):
     data_args.resolution = [stride * side for side in shape]
 
 
-def draw_prior_images(args: LoraArguments, data_args: DataArguments, run_args: TrainingArguments, options: dict):
+def draw_prior_images(
+    args: LoraArguments, data_args: DataArguments, run_args: TrainingArguments, sampling: SamplingArguments
+):
     """
     Puts the training images and some that the base draws of its own classes into one folder, `images` in the output
     folder, which is trained on then (prior preservation, as in DreamBooth, arXiv 2208.12242).
@@ -203,7 +235,16 @@ def draw_prior_images(args: LoraArguments, data_args: DataArguments, run_args: T
     base, folder = args.pretrained_model_name_or_path, Path(run_args.output_dir) / "images"
     if data_args.train_data_dir is None or brings_head(base):
         raise ValueError("`num_prior_images` needs a pipeline as the base, and images in `train_data_dir`.")
-    data_args.train_data_dir, source = str(folder), data_args.train_data_dir
+    source = Path(data_args.train_data_dir)
+    config = DJEPAConfig.from_pretrained(base, subfolder="transformer")
+    given = known_ids(config, [path.name for path in source.iterdir() if path.is_dir()])
+    others = [i for i in range(config.num_labels) if i not in given]
+    if not others:
+        raise ValueError("`num_prior_images`: the images show every class of the base, there is no other to draw.")
+    if run_args.dry_run:
+        return
+    options = sampling.call_options(config.num_tokens)
+    data_args.train_data_dir = str(folder)
     with PartialState().local_main_process_first():
         about = f"{args.num_prior_images} images drawn by {base}, seed {run_args.seed}, {options}, for {source}\n"
         done = folder.with_name(DRAWN)
@@ -213,9 +254,6 @@ def draw_prior_images(args: LoraArguments, data_args: DataArguments, run_args: T
         shutil.copytree(source, folder)
         pipe = DJEPAPipeline.from_pretrained(base).to(PartialState().device)
         pipe.set_progress_bar_config(disable=True)
-        own = pipe.transformer.config.id2label
-        given = class_names(pipe.transformer.config, [path.name for path in Path(source).iterdir() if path.is_dir()])
-        others = [i for i, name in own.items() if name not in given]
         for start in tqdm(range(0, args.num_prior_images, PRIOR_BATCH), desc="drawing prior images", unit="batch"):
             numbers = range(start, min(start + PRIOR_BATCH, args.num_prior_images))
             seeds = [torch.Generator().manual_seed(seed_of("prior", run_args.seed, number)) for number in numbers]
@@ -223,9 +261,9 @@ def draw_prior_images(args: LoraArguments, data_args: DataArguments, run_args: T
             for number, label, image in zip(
                 numbers, labels, pipe(labels, generator=seeds, **options).images, strict=True
             ):
-                place = folder / own[label].split(",")[0].replace("/", " ")
+                place = folder / f"{PRIOR}{label:05d}"
                 place.mkdir(exist_ok=True)
-                image.save(place / f"prior_{number:05d}.png")
+                image.save(place / f"{number:05d}.png")
         done.write_text(about)
 
 
@@ -242,7 +280,7 @@ def publish(run: LoraRun, args: LoraArguments):
         args.hub_model_id or str(run.output_dir),
         base,
         class_names=run.adapter.class_names,
-        example=class_names(pipe.transformer.config, run.data.names)[0],
+        example=pipe.transformer.config.id2label[run.preview_labels()[0]],
         training=recipe(run),
         sampling=options,
         base_is_on_hub=is_hub_id(base),
@@ -266,8 +304,7 @@ def main(argv: list[str] | None = None):
         check_token(None)
     fit_to_base(lora, data_args)
     if lora.num_prior_images:
-        tokens = DJEPAConfig.from_pretrained(lora.pretrained_model_name_or_path, subfolder="transformer").num_tokens
-        draw_prior_images(lora, data_args, args, sampling.call_options(tokens))
+        draw_prior_images(lora, data_args, args, sampling)
     run = prepare(lora, data_args, args, sampling, model_with_adapter, LoraRun)
     if args.dry_run:
         show_plan(run)

@@ -367,3 +367,79 @@ def test_a_model_of_its_own_keeps_its_classes(tmp_path):
     assert model.config.num_labels == 6
     with pytest.raises(ValueError, match="There is a class 'axolotl' already"):
         model.add_classes(["axolotl"], adapter_name="other")
+
+
+def test_adapters_may_have_other_targets(pipe):
+    for name, target in (("a", "qkv"), ("b", "fc1")):
+        add_adapter(pipe.transformer, LoraConfig(r=2, target_modules=[target], init_lora_weights=False), name)
+    pipe.set_adapters(["a", "b"])
+    full = sample(pipe)
+    assert not torch.equal(sample(pipe, attention_kwargs={"scale": 0.5}), full)
+    assert torch.equal(sample(pipe), full)
+
+
+def test_a_failed_load_leaves_other_adapters_at_work(pipe, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        pipe.load_lora_weights(adapter(seed).write(tmp_path / name), adapter_name=name)
+    pipe.set_adapters(["a", "b"], [0.5, 0.25])
+    images = sample(pipe)
+    fewer, none, torn = adapter(), adapter(), adapter()
+    fewer.config.target_modules = {"fc1"}
+    none.config.target_modules = {"to_q"}
+    del torn.weights["encoder.layers.0.fc1.lora_B.weight"]
+    for made, message in ((fewer, "targets are not those"), (none, "match no layer"), (torn, "targets are not those")):
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(made.write(tmp_path / "c"), adapter_name="c")
+        assert pipe.get_list_adapters() == {"transformer": ["a", "b"]}
+        assert torch.equal(sample(pipe), images)
+    pipe.load_lora_weights(adapter(3).write(tmp_path / "c"), adapter_name="c")
+    with pytest.raises(ValueError, match=r"must not have a dot, got 'v1.0'"):
+        pipe.load_lora_weights(tmp_path / "c", adapter_name="v1.0")
+
+
+@pytest.mark.parametrize("rank", [3, 2])
+def test_what_was_swapped_in_is_what_is_saved(pipe, file, tmp_path, rank):
+    pipe.load_lora_weights(file, adapter_name="s")
+    other = adapter(8, rank=rank)
+    other.config.lora_alpha = 30
+    pipe.load_lora_weights(other.write(tmp_path / "other"), adapter_name="s", hotswap=True)
+    images = sample(pipe)
+    pipe.set_adapters("s")
+    torch.testing.assert_close(sample(pipe), images)
+    pipe.save_lora_weights(tmp_path / "saved")
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path / "saved")
+    torch.testing.assert_close(sample(pipe), images, rtol=1e-4, atol=1e-4)
+    dora = adapter(use_dora=True).write(tmp_path / "dora")
+    with pytest.raises(ValueError, match="Adapters with DoRA cannot be swapped"):
+        pipe.load_lora_weights(dora, adapter_name="default_0", hotswap=True)
+
+
+def test_fusing_is_taken_back_with_its_scale(pipe, file, tmp_path):
+    pipe.load_lora_weights(file, adapter_name="a")
+    images = sample(pipe)
+    pipe.fuse_lora(lora_scale=0.5)
+    pipe.unfuse_lora()
+    assert relative_error(sample(pipe), images) < 1e-5
+    with pytest.raises(ValueError, match="There is no adapter 'nope'"):
+        pipe.fuse_lora(adapter_names=["nope"])
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert pipe.num_fused_loras == 0
+    pipe.load_lora_weights(file, adapter_name="a")
+    pipe.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / WEIGHT_NAME).exists()
+
+
+def test_classes_of_a_fused_adapter_are_not_lost(pipe, tmp_path):
+    pipe.load_lora_weights(adapter(classes=["axolotl"]).write(tmp_path), adapter_name="pets")
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="The fused adapter 'pets' brings classes, which would be lost"):
+        pipe.save_pretrained(tmp_path / "saved")
+
+
+def test_loading_leaves_what_can_be_trained(pipe, file):
+    before = [parameter.requires_grad for parameter in pipe.transformer.parameters()]
+    pipe.load_lora_weights(file)
+    pipe.unload_lora_weights()
+    assert [parameter.requires_grad for parameter in pipe.transformer.parameters()] == before

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_training import command_line
 
-from djepa_hf import DJEPAPipeline
+from djepa_hf import DJEPAConfig, DJEPAPipeline
 from djepa_hf.data import load_digits
 from djepa_hf.lora import WEIGHT_NAME, Adapter
 
@@ -106,8 +106,8 @@ def test_checkpoints_bring_the_prediction_loss(images, tmp_path):
 
 def test_the_base_may_draw_what_it_shall_not_forget(base, images, tmp_path):
     run(tmp_path, base, images, num_prior_images=3, max_train_steps=1)
-    drawn = sorted((tmp_path / "images" / "one").iterdir())
-    assert [path.name for path in drawn] == [f"prior_{i:05d}.png" for i in range(3)]  # `zero` is in the data already
+    drawn = sorted((tmp_path / "images" / "prior-00000").iterdir())
+    assert [path.name for path in drawn] == [f"{i:05d}.png" for i in range(3)]  # `zero` is in the data already
     assert len(list((tmp_path / "images" / "two").iterdir())) == 12
     with Image.open(drawn[0]) as picture:
         assert picture.size == (8, 8)
@@ -117,6 +117,30 @@ def test_the_base_may_draw_what_it_shall_not_forget(base, images, tmp_path):
     assert drawn[0].stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="`num_prior_images` needs a pipeline as the base, and images in"):
         run(tmp_path, base, images, num_prior_images=3, train_data_dir=None, dataset_name="digits")
+    shutil.copytree(images / "two", tmp_path / "all" / "one")
+    shutil.copytree(images / "zero", tmp_path / "all" / "zero")
+    with pytest.raises(ValueError, match="the images show every class of the base"):
+        run(tmp_path / "out", base, tmp_path / "all", num_prior_images=3)
+
+
+def test_classes_go_by_the_names_that_the_pipeline_knows():
+    config = DJEPAConfig(id2label={0: "crane", 1: "harp", 2: "crane", 3: "mouth organ, harp"})
+    assert train_lora.known_ids(config, ["HARP", "axolotl", "prior-00002"]) == [1, None, 2]
+    with pytest.raises(ValueError, match="'crane' is the name of several classes"):
+        train_lora.known_ids(config, ["crane"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_alpha": 9}, "The checkpoint was made with lora_alpha None, this run has 9"),
+        ({"rank": 3}, "holds an adapter of another rank, or for other layers or classes"),
+    ],
+)
+def test_a_resumed_run_keeps_to_its_adapter(tuned, base, images, tmp_path, options, message):
+    shutil.copytree(tuned / "checkpoint-3", tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, base, images, resume_from_checkpoint="latest", **options)
 
 
 @pytest.mark.parametrize(

@@ -391,8 +391,8 @@ def remove_adapter(model: nn.Module, name: str):
 
 def add_adapter(model: nn.Module, config: LoraConfig, name: str):
     """
-    Adds a fresh adapter, which changes nothing yet, to a [`DJEPAModel`]. Its weights can be trained; for all others that
-    stays as it is.
+    Adds a fresh adapter, which changes nothing yet, to a [`DJEPAModel`]. Its weights can be trained; whether others can
+    be stays as it is.
 
     Raises:
         ValueError: if its targets match no layer (those that there are are listed), or the name has a dot.
