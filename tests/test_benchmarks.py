@@ -18,14 +18,42 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TINY |= {"denoiser_hidden_size": 32, "denoiser_num_hidden_layers": 1}
 
 
-@pytest.fixture
-def sampling(monkeypatch):
+def benchmark(monkeypatch, name):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location("sampling_benchmark", BENCHMARKS / "sampling.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "sampling_benchmark", module)
+    monkeypatch.setitem(sys.modules, f"{name}_benchmark", module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def sampling(monkeypatch):
+    return benchmark(monkeypatch, "sampling")
+
+
+def test_quality_is_measured_against_the_reference(monkeypatch, tmp_path, capsys):
+    quality = benchmark(monkeypatch, "quality")
+    pipe = tiny_pipeline(id2label={i: str(i) for i in range(10)})
+    pipe.save_pretrained(tmp_path / "pipe")
+    kinds = {
+        kind for kind, _, _ in quality.settings("diffusion", {"num_inference_steps": 16, "num_denoising_steps": 50})
+    }
+    assert {"reference", "ddpm", "unipc", "shrinking steps", "null class now and then", "profiles"} < kinds
+    few = [("reference", "reference", {}), ("euler", "2 steps", {"solver": "euler", "num_denoising_steps": 2})]
+    monkeypatch.setattr(quality, "settings", lambda *_: [*few, ("profiles", "fast", {"profile": "fast"})])
+    argv = ["--pipeline", tmp_path / "pipe", "--reference", "digits", "--extractor", "classifier", "--num_images", 30]
+    argv += ["--classifier_data", "digits", "--num_inference_steps", 4, "--num_denoising_steps", 8, "--seeds", 0, 1]
+    argv += ["--output_dir", tmp_path / "cells", "--output_path", tmp_path / "quality.json"]
+    quality.main([str(word) for word in argv])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "quality.json").read_text())["results"]}
+    assert rows["reference"]["work"] == 1
+    assert rows["reference"]["change_from_reference"] == 0
+    assert rows["2 steps"]["work"] < rows["fast"]["work"] < 1
+    assert rows["fast"]["frechet_distance_std"] > 0
+    with Image.open(tmp_path / "quality.png") as picture:
+        assert picture.width > 500
+    assert "All figures are in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import train_lora
 from conftest import tiny_pipeline, tiny_pretraining
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
+from test_hub import run as run_with_hub
 from test_training import command_line
 
 from djepa_hf import DJEPAConfig, DJEPAPipeline
+from djepa_hf.conversion import save_official_checkpoint
 from djepa_hf.data import load_digits
 from djepa_hf.lora import WEIGHT_NAME, Adapter
 
@@ -89,6 +93,38 @@ def test_resuming_continues_as_if_nothing_had_happened(tuned, base, images, tmp_
     assert torch.equal(resumed.class_rows, expected.class_rows)
     for name, tensor in expected.weights.items():
         assert torch.equal(resumed.weights[name], tensor), name
+
+
+def test_official_files_and_half_precision(images, tmp_path):
+    save_official_checkpoint(tiny_pretraining(id2label={0: "zero", 1: "one"}), tmp_path / "base.pth")
+    options = {"resolution": 8, "mixed_precision": "bf16", "validation_steps": 3}
+    run(tmp_path / "out", tmp_path / "base.pth", images, **options)
+    adapter = Adapter.read(tmp_path / "out")
+    assert {tensor.dtype for tensor in adapter.weights.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in adapter.weights.values())
+    assert "DJEPAPipeline.from_single_file(" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "previews" / "step-000003.png").exists()
+
+
+def test_adapters_go_to_the_hub_and_come_back(base, images, tmp_path):
+    options = {**OPTIONS, "pretrained_model_name_or_path": base, "train_data_dir": images, "output_dir": tmp_path}
+    options |= {"max_train_steps": 1, "push_to_hub": True, "hub_model_id": "me/lora"}
+    argv = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    code = f"""
+    import sys
+    sys.path.insert(0, {str(Path(train_lora.__file__).parent)!r})
+    import train_lora
+    from djepa_hf import DJEPAPipeline
+
+    train_lora.main({argv!r})
+    pipe = DJEPAPipeline.from_pretrained({str(base)!r})
+    pipe.load_lora_weights("me/lora")
+    print(json.dumps(pipe.get_label_ids(["nought", "two"])))
+    """
+    with HubServer() as server:
+        assert run_with_hub(code, tmp_path / "home", server) == [1, 2]
+        files = server.repos["me/lora"]["main"]
+    assert {WEIGHT_NAME, "README.md", "loss.png", "previews/final.png"} <= set(files)
 
 
 def test_checkpoints_bring_the_prediction_loss(images, tmp_path):

@@ -127,6 +127,7 @@ def create_lora_card(
         base_model=base if base_is_on_hub else None,
     )
     options = "".join(f"    {name}={json.dumps(value)},\n" for name, value in sampling.items())
+    load = "from_single_file" if base.endswith((".pth", ".pt", ".ckpt")) else "from_pretrained"
     classes = ", ".join(class_names)
     brings = f"It brings the classes {classes}; all others keep their embeddings." if class_names else ""
     return ModelCard(
@@ -141,7 +142,7 @@ A LoRA adapter for the D-JEPA pipeline `{base}`, in the implementation of `djepa
 ```python
 from djepa_hf import DJEPAPipeline
 
-pipe = DJEPAPipeline.from_pretrained({json.dumps(base)})
+pipe = DJEPAPipeline.{load}({json.dumps(base)})
 pipe.load_lora_weights({json.dumps(repo_id)})
 image = pipe(
     {json.dumps(example)},
