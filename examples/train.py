@@ -83,6 +83,7 @@ class History:
 class Run:
     """All that a training run works with."""
 
+    has_average = True
     args: TrainingArguments
     sampling: SamplingArguments
     accelerator: Accelerator
@@ -499,12 +500,12 @@ def recipe(run: Run) -> str:
     """What the model card says of the training, in Markdown."""
     args, history = run.args, run.history
     start = f" It started from the weights of `{history.init_from}`." if history.init_from else ""
+    average = f"moving average with a decay of {args.ema_decay:g}, " if run.has_average else ""
     return (
         f"On {run.data.source}: {run.step:,} steps with a batch of {run.images_per_step}, AdamW with a peak learning "
         f"rate of {args.learning_rate:g} ({args.lr_scheduler}, {args.lr_warmup_steps:,} steps of warm-up), betas "
         f"{args.adam_beta1:g} and {args.adam_beta2:g}, weight decay rising from 0 to {args.adam_weight_decay:g}, "
-        f"gradients clipped to {args.max_grad_norm:g}, moving average with a decay of {args.ema_decay:g}, mixed "
-        f"precision {run.mixed_precision}.{start}"
+        f"gradients clipped to {args.max_grad_norm:g}, {average}mixed precision {run.mixed_precision}.{start}"
     )
 
 

@@ -110,6 +110,8 @@ class LoraArguments:
 class LoraRun(Run):
     """A run that trains an adapter and rows of the class table, and knows no moving average."""
 
+    has_average = False
+
     def __post_init__(self):
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError("Adapters are small: train them on one GPU or with DDP.")
@@ -212,8 +214,8 @@ def brings_head(base: str) -> bool:
     return config.is_file() and "DJEPAForPreTraining" in config.read_text()
 
 
-def fit_to_base(args: LoraArguments, data_args: DataArguments):
-    """Images as the base wants them, in the latents of its autoencoder."""
+def fit_to_base(args: LoraArguments, data_args: DataArguments, run_args: TrainingArguments):
+    """Images as the base wants them, in the latents of its autoencoder; previews in the way that it samples."""
     base = args.pretrained_model_name_or_path
     if base.endswith(OFFICIAL_SUFFIXES) or brings_head(base):
         return  # as the options say
@@ -223,6 +225,7 @@ def fit_to_base(args: LoraArguments, data_args: DataArguments):
         data_args.pretrained_vae_model_name_or_path = f"{base}/vae"
         stride = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     data_args.resolution = [stride * side for side in shape]
+    run_args.timestep_spacing = pipe.scheduler.config.get("timestep_spacing", run_args.timestep_spacing)
 
 
 def draw_prior_images(
@@ -302,7 +305,7 @@ def main(argv: list[str] | None = None):
     lora, data_args, args, sampling = parse_arguments(*kinds, argv=argv, description=__doc__)
     if lora.push_to_hub:
         check_token(None)
-    fit_to_base(lora, data_args)
+    fit_to_base(lora, data_args, args)
     if lora.num_prior_images:
         draw_prior_images(lora, data_args, args, sampling)
     run = prepare(lora, data_args, args, sampling, model_with_adapter, LoraRun)

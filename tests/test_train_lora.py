@@ -61,6 +61,7 @@ def test_the_result_is_one_small_file_with_a_card(tuned, base):
     card = ModelCard.load(tuned / "README.md")
     assert "lora" in card.data.tags
     assert "It brings the classes two" in card.text
+    assert "moving average" not in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     found = {}
     exec(code, found)
