@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 from huggingface_hub import create_repo, upload_folder
@@ -37,6 +36,7 @@ from train import PREVIEW_CLASSES, Run, is_hub_id, prepare, preview, recipe, sho
 from djepa_hf import DJEPAConfig, DJEPAForPreTraining, DJEPAPipeline
 from djepa_hf.accounting import num_parameters
 from djepa_hf.arguments import DataArguments, SamplingArguments, TrainingArguments, option, parse_arguments
+from djepa_hf.engines import start_processes
 from djepa_hf.hub import check_token
 from djepa_hf.labels import find_label_id
 from djepa_hf.loading import OFFICIAL_SUFFIXES, load_for_training
@@ -248,14 +248,15 @@ def draw_prior_images(
         return
     options = sampling.call_options(config.num_tokens)
     data_args.train_data_dir = str(folder)
-    with PartialState().local_main_process_first():
+    state = start_processes()
+    with state.local_main_process_first():
         about = f"{args.num_prior_images} images drawn by {base}, seed {run_args.seed}, {options}, for {source}\n"
         done = folder.with_name(DRAWN)
         if done.is_file() and done.read_text() == about:
             return
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
         shutil.copytree(source, folder)
-        pipe = DJEPAPipeline.from_pretrained(base).to(PartialState().device)
+        pipe = DJEPAPipeline.from_pretrained(base).to(state.device)
         pipe.set_progress_bar_config(disable=True)
         for start in tqdm(range(0, args.num_prior_images, PRIOR_BATCH), desc="drawing prior images", unit="batch"):
             numbers = range(start, min(start + PRIOR_BATCH, args.num_prior_images))

@@ -1,7 +1,10 @@
 """Fine-tuning with LoRA: what is trained, what is left alone, what comes out, and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +129,19 @@ def test_adapters_go_to_the_hub_and_come_back(base, images, tmp_path):
         assert run_with_hub(code, tmp_path / "home", server) == [1, 2]
         files = server.repos["me/lora"]["main"]
     assert {WEIGHT_NAME, "README.md", "loss.png", "previews/final.png"} <= set(files)
+
+
+def test_two_processes_do_what_one_does(base, images, tmp_path):
+    options = {"num_prior_images": 4, "learning_rate": 1e-3}
+    one = run(tmp_path / "one", base, images, train_batch_size=8, **options)
+    options = {**OPTIONS, **options, "pretrained_model_name_or_path": base, "train_data_dir": images}
+    argv = command_line(tmp_path / "two", **{**options, "train_batch_size": 4})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train_lora.__file__]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *launcher, *argv], env=environment, check=True, capture_output=True)
+    expected, found = Adapter.read(one), Adapter.read(tmp_path / "two")
+    for name, tensor in {**expected.weights, "rows": expected.class_rows}.items():
+        torch.testing.assert_close({**found.weights, "rows": found.class_rows}[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_checkpoints_bring_the_prediction_loss(images, tmp_path):
