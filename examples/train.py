@@ -489,6 +489,7 @@ def publish(run: Run):
             plot_noise_levels(list(levels), by_level, run.output_dir / "loss_by_noise_level.png", title)
         (run.output_dir / "sampling.yaml").write_text(yaml.safe_dump(asdict(run.sampling), sort_keys=False))
         print(f"The pipeline in {run.output_dir} holds the EMA weights after step {run.step}.")
+    run.accelerator.wait_for_everyone()  # none takes its end of the connection down while another is at work
     run.accelerator.end_training()
 
 

@@ -273,10 +273,6 @@ def draw_prior_images(
 
 def publish(run: LoraRun, args: LoraArguments):
     """Writes the adapter with a card, samples and loss curves; uploads them, if asked to."""
-    run.accelerator.wait_for_everyone()
-    if not run.accelerator.is_main_process:
-        run.accelerator.end_training()
-        return
     run.adapter.write(run.output_dir)
     pipe, base = preview(run, "final.png"), args.pretrained_model_name_or_path
     options = run.sampling.call_options(pipe.transformer.config.num_tokens)
@@ -298,7 +294,6 @@ def publish(run: LoraRun, args: LoraArguments):
         repo = create_repo(args.hub_model_id, exist_ok=True).repo_id
         files = [WEIGHT_NAME, "README.md", "sampling.yaml", "loss.png", "previews/final.png"]
         print(upload_folder(repo_id=repo, folder_path=run.output_dir, allow_patterns=files).commit_url)
-    run.accelerator.end_training()
 
 
 def main(argv: list[str] | None = None):
@@ -313,7 +308,10 @@ def main(argv: list[str] | None = None):
     if args.dry_run:
         show_plan(run)
     elif train(run):
-        publish(run, lora)
+        if run.accelerator.is_main_process:
+            publish(run, lora)
+        run.accelerator.wait_for_everyone()
+        run.accelerator.end_training()
 
 
 if __name__ == "__main__":
