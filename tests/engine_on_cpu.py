@@ -45,3 +45,7 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
+    # All is done. Threads of gloo's groups abort the process once in a while as the interpreter is taken down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
