@@ -13,7 +13,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import train
 import train_lora
@@ -24,6 +23,7 @@ from djepa_hf import DJEPAPipeline
 from djepa_hf.arguments import option, parse_arguments
 from djepa_hf.data import load_digits
 from djepa_hf.evaluation.extractors import ClassifierExtractor
+from djepa_hf.evaluation.real_images import RealImages
 from djepa_hf.evaluation.scores import class_agreement
 from djepa_hf.json_files import write_json
 from djepa_hf.lora import WEIGHT_NAME, Adapter
@@ -66,9 +66,9 @@ def write_folders(folder: Path, args: LoraOnDigitsArguments):
 
 def judge(is_inverted: bool) -> ClassifierExtractor:
     """Who reads digits, having learnt from all real ones."""
-    data = load_digits("train")
-    images = torch.stack([torch.from_numpy(np.asarray(image, dtype=np.float32) / 255) for image in data["image"]])
-    return ClassifierExtractor((1 - images if is_inverted else images).unsqueeze(1), torch.tensor(data["label"]))
+    images, labels = RealImages("digits", "train", needs_classes=True).load(8, 1)
+    images = images.float() / 255
+    return ClassifierExtractor(1 - images if is_inverted else images, labels)
 
 
 @torch.no_grad()

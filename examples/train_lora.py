@@ -38,7 +38,8 @@ from djepa_hf.accounting import num_parameters
 from djepa_hf.arguments import DataArguments, SamplingArguments, TrainingArguments, option, parse_arguments
 from djepa_hf.engines import start_processes
 from djepa_hf.hub import check_token
-from djepa_hf.labels import find_label_id
+from djepa_hf.labels import UnknownClassError, find_label_id
+from djepa_hf.latents import vae_stride
 from djepa_hf.loading import OFFICIAL_SUFFIXES, load_for_training
 from djepa_hf.lora import DEFAULT_TARGETS, WEIGHT_NAME, Adapter, add_adapter
 from djepa_hf.model_card import create_lora_card
@@ -176,9 +177,7 @@ def known_ids(config: DJEPAConfig, names: list[str]) -> list[int | None]:
             continue
         try:
             ids.append(find_label_id(name, config.id2label))
-        except ValueError as error:
-            if not str(error).startswith("Unknown class"):
-                raise
+        except UnknownClassError:
             ids.append(None)
     return ids
 
@@ -223,7 +222,7 @@ def fit_to_base(args: LoraArguments, data_args: DataArguments, run_args: Trainin
     shape, stride = pipe.transformer.config.sample_shape, 1
     if pipe.vae is not None:
         data_args.pretrained_vae_model_name_or_path = f"{base}/vae"
-        stride = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        stride = vae_stride(pipe.vae)
     data_args.resolution = [stride * side for side in shape]
     run_args.timestep_spacing = pipe.scheduler.config.get("timestep_spacing", run_args.timestep_spacing)
 

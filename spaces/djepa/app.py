@@ -358,8 +358,7 @@ class App:
         options = [inference_steps, denoising_steps, guidance, schedule, temperature, solver, order]
         outputs = [self.status, self.live, self.scrub, self.frames, self.results, self.gallery, self.archive]
         outputs += [self.animation, self.settings, self.snippet, self.cancel]
-        run = gr.on(
-            [go.click],
+        run = go.click(
             self.draw,
             [classes, count, seed, profile, *options],
             outputs,
@@ -368,15 +367,7 @@ class App:
             concurrency_limit=RUNS,
             api_visibility="private",
         )
-        run.failure(self._stopped, None, [self.status, self.cancel], api_visibility="private")
-        self.cancel.click(
-            self._stopped,
-            None,
-            [self.status, self.cancel],
-            cancels=[run],
-            queue=False,
-            api_visibility="private",
-        )
+        self._can_be_stopped(run, self.status, self.cancel)
         dice.click(lambda: random.randrange(2**31), None, seed, queue=False, api_visibility="private")
         self.scrub.input(
             lambda frames, i: frames[int(i)],
@@ -390,8 +381,14 @@ class App:
         return {"classes": classes, "profile": profile, **dict(zip(names, options, strict=True))}
 
     @staticmethod
-    def _stopped() -> tuple:
-        return "Stopped; nothing was kept.", gr.Button(interactive=False)
+    def _can_be_stopped(run: gr.events.Dependency, status: gr.Markdown, cancel: gr.Button):
+        """A run that fails, or is cancelled, says so."""
+
+        def stopped() -> tuple:
+            return "Stopped; nothing was kept.", gr.Button(interactive=False)
+
+        run.failure(stopped, None, [status, cancel], api_visibility="private")
+        cancel.click(stopped, None, [status, cancel], cancels=[run], queue=False, api_visibility="private")
 
     def _build_explore(self, held: dict[str, dict]) -> dict[str, gr.components.Component]:
         gr.Markdown("One class, one seed, two options.")
@@ -425,16 +422,7 @@ class App:
             concurrency_id="model",
             api_visibility="private",
         )
-        stopped = [self.explore_status, self.explore_cancel]
-        run.failure(self._stopped, None, stopped, api_visibility="private")
-        self.explore_cancel.click(
-            self._stopped,
-            None,
-            stopped,
-            cancels=[run],
-            queue=False,
-            api_visibility="private",
-        )
+        self._can_be_stopped(run, self.explore_status, self.explore_cancel)
         axes.change(
             lambda name: grid_values(name, self.studio.defaults, self.studio.config.num_tokens),
             axes,

@@ -3,6 +3,10 @@
 import difflib
 
 
+class UnknownClassError(ValueError):
+    """No class has that name."""
+
+
 def find_label_id(name: str, id2label: dict[int, str]) -> int:
     """
     The class that a name stands for.
@@ -18,7 +22,8 @@ def find_label_id(name: str, id2label: dict[int, str]) -> int:
         `int`: the class id.
 
     Raises:
-        ValueError: if no class has that name (the closest names are given) or several have it (their ids are given).
+        UnknownClassError: if no class has that name; the closest names are given.
+        ValueError: if several have it; their ids are given.
     """
     for spelling in (str.strip, _normalized):
         for parts in (lambda label: [label], lambda label: label.split(",")[:1], lambda label: label.split(",")):
@@ -30,7 +35,7 @@ def find_label_id(name: str, id2label: dict[int, str]) -> int:
                 return found[0]
     names = {_normalized(part): part.strip() for label in id2label.values() for part in [*label.split(","), label]}
     closest = difflib.get_close_matches(_normalized(name), names, n=3, cutoff=0.0)
-    raise ValueError(f"Unknown class {name!r}. The closest names are: {', '.join(names[c] for c in closest)}.")
+    raise UnknownClassError(f"Unknown class {name!r}. The closest names are: {', '.join(names[c] for c in closest)}.")
 
 
 def _normalized(text: str) -> str:

@@ -202,7 +202,7 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
             adapter = Adapter.of_tensors(source, **hub_options)
         else:
             adapter = Adapter.read(source, **hub_options)
-        attached = list(getattr(model, "peft_config", {}))
+        attached = attached_adapters(model)
         free = next(f"default_{i}" for i in range(len(attached) + 1) if f"default_{i}" not in attached)
         name = adapter_name or ("default_0" if hotswap else free)
         adapter.check_weights(model)
@@ -225,7 +225,7 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
         Raises:
             ValueError: if there is an adapter already.
         """
-        if getattr(self.transformer, "peft_config", None):
+        if attached_adapters(self.transformer):
             raise ValueError("`enable_lora_hotswap` comes before the first adapter is loaded.")
         self._hotswap_options = {"target_rank": target_rank, "check_compiled": check_compiled}
 
@@ -246,7 +246,7 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
         Raises:
             ValueError: if there is no such adapter, or several and no name.
         """
-        attached = list(getattr(self.transformer, "peft_config", {}))
+        attached = attached_adapters(self.transformer)
         if adapter_name is None and len(attached) != 1:
             raise ValueError(f"Say which adapter to save with `adapter_name`: there are {attached or 'none'}.")
         return Adapter.of_model(self.transformer, adapter_name or attached[0]).write(save_directory, weight_name)
@@ -261,7 +261,7 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
 
     def _save_adapters(self, folder: str | os.PathLike):
         """Writes all adapters beside the weights of a saved pipeline, but for fused ones, which are part of these."""
-        names = [name for name in getattr(self.transformer, "peft_config", {}) if name not in self.fused_loras]
+        names = [name for name in attached_adapters(self.transformer) if name not in self.fused_loras]
         for name in names:
             self.save_lora_weights(folder, name, WEIGHT_NAME if len(names) == 1 else f"{name}.safetensors")
 
@@ -309,12 +309,15 @@ class DJEPALoraLoaderMixin(LoraBaseMixin):
 
     def unload_lora_weights(self):
         """Takes all adapters and their classes away. Fused ones stay in the weights, as in diffusers."""
-        self.delete_adapters(list(getattr(self.transformer, "peft_config", {})))
+        self.delete_adapters(attached_adapters(self.transformer))
 
     @contextmanager
     def _lora_scaled(self, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
         """Within, adapters work with the `scale` of a call."""
         scale = (attention_kwargs or {}).get("scale", 1.0)
+        if scale == 1.0:
+            yield
+            return
         before = scaling_of(self.transformer)
         for layer in tuner_layers(self.transformer).values():
             at_work = [name for name in layer.active_adapters if name in layer.scaling]
@@ -441,9 +444,14 @@ def set_scaling(model: nn.Module, scaling: dict[str, dict[str, float]]):
         layer.scaling.update({adapter: value for adapter, value in before.items() if adapter in layer.scaling})
 
 
+def attached_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters of a model, active or not."""
+    return list(getattr(model, "peft_config", {}))
+
+
 def check_adapter_names(model: nn.Module, names: list[str]):
     """Raises a `ValueError` for the first name that no attached adapter has."""
-    attached = list(getattr(model, "peft_config", {}))
+    attached = attached_adapters(model)
     for name in names:
         if name not in attached:
             raise ValueError(f"There is no adapter {name!r}; attached are {', '.join(attached) or 'none'}.")

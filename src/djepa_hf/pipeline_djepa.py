@@ -465,8 +465,9 @@ class DJEPAPipeline(DJEPALoraLoaderMixin, PipelineHubMixin, DiffusionPipeline):
         num_masked = num_masked_per_step(config.num_tokens, num_inference_steps)
         denoising_steps = num_denoising_steps_per_step(num_denoising_steps, final_denoising_steps, num_inference_steps)
         draw, max_tokens = (temperature, generator), max_rows * config.num_tokens
-        stay = not any(hasattr(module, "_hf_hook") for module in self.transformer.modules())
-        graphs = self._graphs if device.type == "cuda" and stay else None  # weights that come and go cannot be played
+        graphs = self._graphs if device.type == "cuda" else None
+        if graphs is not None and any(hasattr(module, "_hf_hook") for module in self.transformer.modules()):
+            graphs = None  # weights that come and go cannot be played
         denoise = TokenDenoiser(self.transformer.denoiser, self.scheduler_for(solver), *draw, max_tokens, graphs)
         for count in set(denoising_steps):
             denoise.prepare(count)

@@ -194,9 +194,8 @@ class Evaluation:
         measured = {"kernel_subset_size": options.pop("kernel_subset_size"), "reference": self.reference.about}
         profile = options["sampling"].pop("profile", "exact")
         asked = {name: options["sampling"][name] for name in PROFILED if name in options["sampling"]}
-        expanded = self.pipe.expand_profile(
-            profile, **asked
-        )  # what is done, whatever a profile may be in other versions
+        # what is done, whatever the profile may be in other versions
+        expanded = self.pipe.expand_profile(profile, **asked)
         options["sampling"] |= {name: value for name, value in expanded.items() if value is not None}
         scheduler = self.pipe.scheduler_for(options["sampling"].pop("solver", None))
         if "temperature" not in inspect.signature(scheduler.step).parameters:
